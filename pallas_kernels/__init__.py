@@ -1,0 +1,1 @@
+"""Kernels for language models on JAX. Depends on jax alone; never imports realm_jax."""

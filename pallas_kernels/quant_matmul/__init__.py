@@ -1,0 +1,7 @@
+"""Matmul with packed quantized weights."""
+
+from .api import BACKENDS, UnsupportedError, quant_matmul, resolve, take_rows
+from .formats import FORMATS, Format
+from .reference import dequantize
+
+__all__ = ["BACKENDS", "FORMATS", "Format", "UnsupportedError", "dequantize", "quant_matmul", "resolve", "take_rows"]

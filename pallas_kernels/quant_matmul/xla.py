@@ -1,0 +1,79 @@
+"""The XLA backend: float32 activations, weights dequantized a tile of rows at a time in front of one dot.
+
+A tile is sliced straight out of the stack and is small enough to stay in cache, so no full-precision copy of a weight
+exists. A row's result has the same bits however many rows are in the call: XLA's dots reduce K alike for two rows and
+more, and a single row is computed as two.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .formats import Format
+from .reference import dequantize
+
+TILE_BYTES = 4 << 20  # of dequantized float32 weight
+
+
+def matmul(x: jax.Array, arrays: dict[str, Any], fmt: Format, lead: tuple[Any, ...]) -> jax.Array:
+    """x [M, K] float32 times weight ``lead`` of a stack [..., N, K] -> [M, N] float32. lead: one index a leading axis."""
+    n, k = _rows(arrays, lead), x.shape[-1]
+    m = x.shape[0]
+    if m == 1:
+        x = jnp.concatenate([x, x])  # a lone row would take XLA's matrix-vector code, which sums in another order
+    tile = _tile(n, k)
+
+    def dot(start):
+        weight = dequantize(_slice(arrays, lead, start, tile), fmt)  # [tile, K]
+        return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+
+    if tile == n:
+        return dot(0)[:m]
+
+    def step(i, out):
+        start = jnp.minimum(i * tile, n - tile)  # the last tile overlaps its neighbour when N is no multiple
+        return lax.dynamic_update_slice(out, dot(start), (jnp.int32(0), start))
+
+    return lax.fori_loop(0, -(-n // tile), step, jnp.zeros((x.shape[0], n), jnp.float32))[:m]
+
+
+def matmul_transposed(g: jax.Array, arrays: dict[str, Any], fmt: Format, lead: tuple[Any, ...]) -> jax.Array:
+    """g [M, N] float32 times weight [N, K] -> [M, K] float32: the gradient of ``matmul`` with respect to x."""
+    n, k = _rows(arrays, lead), fmt.columns(arrays)
+    tile = _tile(n, k)
+
+    def dot(start, part):
+        weight = dequantize(_slice(arrays, lead, start, tile), fmt)
+        return jnp.matmul(part, weight, precision=lax.Precision.HIGHEST)
+
+    if tile == n:
+        return dot(0, g)
+
+    def step(i, out):
+        start = jnp.minimum(i * tile, n - tile)
+        part = lax.dynamic_slice(g, (jnp.int32(0), start), (g.shape[0], tile))
+        fresh = start + jnp.arange(tile) >= i * tile  # rows the overlap has counted already are left out
+        return out + dot(start, jnp.where(fresh, part, 0.0))
+
+    return lax.fori_loop(0, -(-n // tile), step, jnp.zeros((g.shape[0], k), jnp.float32))
+
+
+def _tile(n: int, k: int) -> int:
+    """Rows of the weight dequantized at once."""
+    rows = max(8, TILE_BYTES // (4 * k) // 8 * 8)
+    return n if rows >= n else rows
+
+
+def _rows(arrays: dict[str, Any], lead: tuple[Any, ...]) -> int:
+    return next(iter(arrays.values())).shape[len(lead)]
+
+
+def _slice(arrays: dict[str, Any], lead: tuple[Any, ...], start: Any, tile: int) -> dict[str, Any]:
+    """Rows start..start+tile of weight ``lead`` of every array, [tile, *]."""
+    out = {}
+    for name, a in arrays.items():
+        index = (*lead, start, 0)
+        out[name] = lax.dynamic_slice(a, index, (*(1,) * len(lead), tile, a.shape[-1])).reshape(tile, a.shape[-1])
+    return out
