@@ -1,0 +1,100 @@
+"""What a request returns. Plain frozen dataclasses: `dataclasses.asdict` of a Result is JSON."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural logarithms of probabilities at one generated position, under the model's own distribution.
+
+    They are the log-softmax of the raw logits, before penalties, bias, temperature and truncation.
+
+    Attributes:
+      token: the token that was chosen.
+      logprob: its log probability.
+      top: (token, log probability) of the most likely tokens, best first; as many as SamplingParams.logprobs.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Counts of tokens: in the prompt, generated (the one that ended the generation included), and together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall-clock seconds of one request, as the host loop saw them.
+
+    Attributes:
+      queue: from submission to admission into the batch.
+      prefill: from admission to the first token.
+      time_to_first_token: from submission to the first token (queue + prefill).
+      decode: from the first token to the last.
+      total: from submission to the end.
+      decode_tokens_per_second: tokens after the first over `decode`; None with fewer than two tokens.
+    """
+
+    queue: float
+    prefill: float
+    time_to_first_token: float
+    decode: float
+    total: float
+    decode_tokens_per_second: float | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished request.
+
+    Attributes:
+      text: the generated text, special tokens and whatever follows a stop string left out.
+      tokens: every generated token id, the one that ended the generation included.
+      finish_reason: "stop" (end-of-generation token, stop token or stop string), "length" (max_tokens or a full
+        context) or "cancelled".
+      logprobs: one entry per token, or None when SamplingParams.logprobs is None.
+      usage, timing: of this completion alone.
+      alternatives: the completions after the first when SamplingParams.n > 1.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprob] | None
+    usage: Usage
+    timing: Timing
+    alternatives: list["Result"] = field(default_factory=list)
+
+    @property
+    def choices(self) -> list["Result"]:
+        """All n completions, this one first."""
+        return [self, *self.alternatives]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A step of a streamed request.
+
+    Attributes:
+      text: text that is final: never half a character, never part of a stop string. It may be empty.
+      tokens: the token ids sampled since the last piece.
+      logprobs: one entry per token in `tokens`, or None.
+      finish_reason, usage, timing: None before the last piece.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    timing: Timing | None = None

@@ -1,0 +1,204 @@
+"""What a request asks of the sampler: one frozen, validated dataclass. Importing it does not import jax."""
+
+import difflib
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from realm_jax.errors import InvalidRequestError
+
+MAX_LOGPROBS = 20
+MAX_SEED = 2**64 - 1
+MAX_CHOICES = 256
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of one request are chosen and when it ends.
+
+    The order in which the fields act is documented in `realm_jax.sampling`.
+
+    Attributes:
+      max_tokens: generate at most this many tokens (>= 1). None: until the context is full.
+      temperature: 0 is greedy (the lowest id wins a tie); else logits are divided by it. Below 1e-5 counts as 0.
+      top_k: keep the k most likely tokens; 0 turns it off.
+      top_p: keep the smallest set of most likely tokens whose probability reaches top_p; 1 turns it off.
+      min_p: drop tokens less likely than min_p times the most likely one; 0 turns it off.
+      typical_p: locally typical sampling (Meister et al., 2022): keep the smallest set of tokens whose surprise is
+        nearest to the entropy and whose probability reaches typical_p; 1 turns it off.
+      repetition_penalty: positive logits of tokens seen in prompt or output are divided by it, negative ones
+        multiplied (Keskar et al., 2019); 1 turns it off.
+      frequency_penalty, presence_penalty: subtracted from a token's logit per occurrence in the output, or once if it
+        occurred there (-2 to 2); 0 turns them off.
+      logit_bias: {token id: number added to its logit}.
+      stop: a string or several; generation ends where one appears, and the text ends before it.
+      stop_token_ids: generation ends when one of these tokens is sampled; its text is left out.
+      ignore_eos: go on after the model's own end-of-generation tokens.
+      seed: 0 to 2**64 - 1: the same seed and prompt give the same tokens, whatever else is in the batch. None: a fresh
+        random seed for every request.
+      n: number of independent completions of the prompt.
+      logprobs: None, or how many of the most likely tokens (0 to 20) to report at each position beside the chosen one.
+      grammar, json_schema: not supported in this version; anything but None is refused.
+
+    Raises:
+      InvalidRequestError: unknown field, wrong type, or value out of range; one line that says what is accepted.
+    """
+
+    max_tokens: int | None = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    n: int = 1
+    logprobs: int | None = None
+    grammar: Any = None
+    json_schema: Any = None
+
+    def __new__(cls, *args: Any, **options: Any) -> "SamplingParams":
+        # The generated __init__ answers a wrong name with a TypeError; a request's mistake is ours to explain.
+        names = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                raise InvalidRequestError(f"unknown sampling parameter {name!r}; {hint}accepted: {', '.join(names)}")
+        if len(args) > len(names):
+            raise InvalidRequestError(f"{len(args)} sampling parameters given; accepted: at most {len(names)}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in ("grammar", "json_schema"):
+            if getattr(self, name) is not None:
+                raise InvalidRequestError(f"{name} is not supported in this version; accepted: None")
+        put("max_tokens", _integer("max_tokens", self.max_tokens, low=1, none_ok=True))
+        put("temperature", _number("temperature", self.temperature, low=0.0))
+        put("top_k", _integer("top_k", self.top_k, low=0))
+        put("top_p", _number("top_p", self.top_p, low=0.0, high=1.0, above_low=True))
+        put("min_p", _number("min_p", self.min_p, low=0.0, high=1.0))
+        put("typical_p", _number("typical_p", self.typical_p, low=0.0, high=1.0, above_low=True))
+        put("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, low=0.0, above_low=True))
+        put("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0))
+        put("presence_penalty", _number("presence_penalty", self.presence_penalty, low=-2.0, high=2.0))
+        put("logit_bias", _bias(self.logit_bias))
+        put("stop", _strings("stop", self.stop))
+        put("stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
+        put("ignore_eos", _boolean("ignore_eos", self.ignore_eos))
+        put("seed", _integer("seed", self.seed, low=0, high=MAX_SEED, none_ok=True))
+        put("n", _integer("n", self.n, low=1, high=MAX_CHOICES))
+        put("logprobs", _integer("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS, none_ok=True))
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises InvalidRequestError when a token id named here is not below vocab_size."""
+        named = [("logit_bias", token) for token in self.logit_bias or {}]
+        named += [("stop_token_ids", token) for token in self.stop_token_ids]
+        for field, token in named:
+            if token >= vocab_size:
+                raise InvalidRequestError(f"{field} names token {token}; accepted: 0 to {vocab_size - 1}")
+
+
+def _shown(value: Any) -> str:
+    """repr on one line and of bounded length."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _refuse(field: str, value: Any, accepted: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{field} is {_shown(value)}; accepted: {accepted}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _integer(field: str, value: Any, *, low: int, high: int | None = None, none_ok: bool = False) -> int | None:
+    accepted = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+    if none_ok:
+        accepted += ", or None"
+        if value is None:
+            return None
+    if not _is_integer(value) or value < low or (high is not None and value > high):
+        raise _refuse(field, value, accepted)
+    return int(value)
+
+
+def _number(
+    field: str, value: Any, *, low: float | None = None, high: float | None = None, above_low: bool = False
+) -> float:
+    if low is None:
+        accepted = "a finite number"
+    elif high is None:
+        accepted = f"a finite number {'>' if above_low else '>='} {low:g}"
+    elif above_low:
+        accepted = f"a number above {low:g}, at most {high:g}"
+    else:
+        accepted = f"a number from {low:g} to {high:g}"
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise _refuse(field, value, accepted)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise _refuse(field, value, accepted) from None
+    too_low = low is not None and (number < low or (above_low and number == low))
+    if not math.isfinite(number) or too_low or (high is not None and number > high):
+        raise _refuse(field, value, accepted)
+    return number
+
+
+def _boolean(field: str, value: Any) -> bool:
+    # numpy's bool is no subclass of bool, and jax or numpy must not be needed to recognise it.
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
+        raise _refuse(field, value, "True or False")
+    return bool(value)
+
+
+def _strings(field: str, value: Any) -> tuple[str, ...]:
+    accepted = "a non-empty string, or a list of them"
+    items = (value,) if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)):
+        raise _refuse(field, value, accepted)
+    for item in items:
+        if not isinstance(item, str) or not item:
+            raise _refuse(field, value, accepted)
+        if any("\ud800" <= char <= "\udfff" for char in item):
+            raise _refuse(field, item, "text without lone surrogates")
+    return tuple(items)
+
+
+def _ids(field: str, value: Any) -> tuple[int, ...]:
+    accepted = "a list of token ids (integers >= 0)"
+    if isinstance(value, (str, bytes, Mapping)):
+        raise _refuse(field, value, accepted)
+    try:
+        items = list(value)
+    except TypeError:
+        raise _refuse(field, value, accepted) from None
+    for item in items:
+        if not _is_integer(item) or item < 0:
+            raise _refuse(field, item, accepted)
+    return tuple(int(item) for item in items)
+
+
+def _bias(value: Any) -> dict[int, float] | None:
+    accepted = "a dict of token id (integer >= 0) to a finite number"
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise _refuse("logit_bias", value, accepted)
+    for token in value:
+        if not _is_integer(token) or token < 0:
+            raise _refuse("logit_bias", token, accepted)
+    return {int(token): _number(f"logit_bias[{token}]", bias, low=-1e4, high=1e4) for token, bias in value.items()}
