@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+"""Compute llama.cpp's logits for every tiny model and write them to tests/golden/logits/<case>.npz.
+
+Needs llama-cpp-python (the oracle; no part of realm_jax needs it), gguf and numpy:
+
+    pip install llama-cpp-python==0.3.36 gguf==0.19.0
+    python scripts/make_goldens.py              # all cases
+    python scripts/make_goldens.py llama gemma2 # some
+    python scripts/make_goldens.py --quantized  # write nothing; print llama.cpp's distance from the float32 reference
+
+llama.cpp runs with flash attention off and a float32 key/value cache, so that with float32 weights its logits differ from exact
+arithmetic only by rounding (and, for gemma, by its half-precision GELU table). Each file holds the token ids, the positions kept
+(every fourth, to keep the repository small), the logits there (float32 [positions, vocab]), and a digest of the model's tensors,
+which tells a change of the models from an error of the forward.
+"""
+
+import argparse
+import ctypes
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY / "tests"))
+
+import tiny_models  # noqa: E402  (lives in tests/, put on the path above)
+
+GOLDENS = REPOSITORY / "tests" / "golden" / "logits"
+EVERY = 4
+
+
+def llama_cpp_logits(path: Path, tokens: list[int], context: int) -> np.ndarray:
+    """float32 [T, vocab]: llama.cpp's logits at every position, the whole sequence in one batch."""
+    import llama_cpp
+
+    model_params = llama_cpp.llama_model_default_params()
+    model_params.n_gpu_layers = 0
+    model_params.use_mmap = False
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
+    if not model:
+        raise SystemExit(f"llama.cpp does not load {path.name}")
+    context_params = llama_cpp.llama_context_default_params()
+    context_params.n_ctx = context
+    context_params.n_batch = context_params.n_ubatch = len(tokens)
+    context_params.n_threads = context_params.n_threads_batch = 2
+    context_params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    context_params.type_k = context_params.type_v = llama_cpp.GGML_TYPE_F32
+    handle = llama_cpp.llama_init_from_model(model, context_params)
+    if not handle:
+        raise SystemExit(f"llama.cpp makes no context for {path.name}")
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    try:
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
+            batch.seq_id[i][0] = 0
+        status = llama_cpp.llama_decode(handle, batch)
+        if status != 0:
+            raise SystemExit(f"llama_decode returned {status} for {path.name}")
+        vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        rows = [
+            np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(handle, i), (vocabulary,)) for i in range(len(tokens))
+        ]
+        return np.array(rows, np.float32)
+    finally:
+        llama_cpp.llama_batch_free(batch)
+        llama_cpp.llama_free(handle)
+        llama_cpp.llama_model_free(model)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+def _log_errors(level: int, text: bytes, _: ctypes.c_void_p) -> None:
+    if level == 4:  # GGML_LOG_LEVEL_ERROR
+        sys.stderr.write(text.decode(errors="replace"))
+
+
+def nmse(reference: np.ndarray, other: np.ndarray) -> float:
+    """sum((a - b)^2) / sum(a^2)."""
+    a, b = reference.astype(np.float64), other.astype(np.float64)
+    return float(((a - b) ** 2).sum() / (a**2).sum())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help="cases of tests/tiny_models.py (default: all)")
+    parser.add_argument(
+        "--quantized", action="store_true", help="compare llama.cpp with the reference on quantized models instead"
+    )
+    arguments = parser.parse_args()
+    table = tiny_models.QUANTIZED_CASES if arguments.quantized else tiny_models.CASES
+    unknown = [case for case in arguments.cases if case not in table]
+    if unknown:
+        parser.error(f"unknown cases {unknown}; there are {list(table)}")
+
+    import llama_cpp
+    import reference_model
+
+    llama_cpp.llama_log_set(_log_errors, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    tokens = tiny_models.test_tokens()
+    GOLDENS.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        for case in arguments.cases or table:
+            spec = tiny_models.tiny_spec(case)
+            context = int(str(spec.metadata[f"{spec.architecture}.context_length"]))
+            digest = tiny_models.write_tiny_model(case, path)
+            logits = llama_cpp_logits(path, tokens, context)
+            reference = reference_model.reference_logits(path, tokens, context_length=context)
+            distance = nmse(reference, logits)
+            print(
+                f"{case:28s} llama.cpp's NMSE from the reference {distance:8.1e}   spread of logits {logits.std():.2f}",
+                flush=True,
+            )
+            if not arguments.quantized:
+                positions = np.arange(EVERY - 1, len(tokens), EVERY)
+                np.savez_compressed(
+                    GOLDENS / f"{case}.npz",
+                    tokens=np.array(tokens, np.int32),
+                    positions=positions.astype(np.int32),
+                    logits=logits[positions],
+                    digest=np.array(digest),
+                )
+
+
+if __name__ == "__main__":
+    main()
