@@ -1,7 +1,17 @@
 """Matmul with packed quantized weights."""
 
-from .api import BACKENDS, UnsupportedError, quant_matmul, resolve, take_rows
+from .api import BACKENDS, UnsupportedError, expert_matmul, quant_matmul, resolve, take_rows
 from .formats import FORMATS, Format
 from .reference import dequantize
 
-__all__ = ["BACKENDS", "FORMATS", "Format", "UnsupportedError", "dequantize", "quant_matmul", "resolve", "take_rows"]
+__all__ = [
+    "BACKENDS",
+    "FORMATS",
+    "Format",
+    "UnsupportedError",
+    "dequantize",
+    "expert_matmul",
+    "quant_matmul",
+    "resolve",
+    "take_rows",
+]

@@ -1,14 +1,14 @@
 """The family of packed weight formats: what each ggml type becomes in memory.
 
-A weight [..., N, K] (N outputs, K inputs) is a dict of arrays, each with the same leading dims [..., N], so that rows can
-be gathered and stacks of layers indexed. A quantized element is
+A weight [..., N, K] (N outputs, K inputs) is a dict of arrays, each with the same leading dims [..., N], so that rows
+can be gathered and stacks of layers indexed. A quantized element is
 
     w = scale * (value(code) + delta) + offset
 
 * ``codes``/``high``: the code, split into planes of 8, 4, 2 or 1 bits. An 8-bit plane is int8 [..., N, K]. A plane of b
   bits is uint8 [..., N, K*b/8]: inside each block of ``block`` elements, byte j holds elements j, j+s, j+2s, ...
   (s = block*b/8) from its low bits upwards. ``high`` continues the code above the bits of ``codes``.
-* ``scales``: one per ``group`` elements. With ``super``: one float per ``block``, multiplied by the group's small integer.
+* ``scales``: one per ``group`` elements. With ``super``: a float16 per ``block`` times the group's small integer.
 * ``mins`` (with ``super_mins``): the offset, one per group.
 * value(code) is ``code - bias``, or ``table[code]`` for codebook types.
 
@@ -40,9 +40,10 @@ class Format:
     """Static description of one packed format; hashable, so it can be an argument of jit.
 
     name: ggml's type name. block: elements per ggml block (rows are multiples of it). planes: bits per code plane, low
-    first; empty for dense formats. group: elements per scale. scale: how ``scales`` is stored, one of "f16", "f32", "u8",
-    "u4" (two to a byte), "i8", "e8m0", "ue4m3", "iq1s", "iq1m". has_super: a float16 per block multiplies the group's scale,
-    which is then ``scale_mul * code + scale_add``. mins: None, "f16" (added), or "u8"/"u4" (times super_mins, subtracted).
+    first; empty for dense formats. group: elements per scale. scale: how ``scales`` is stored, one of "f16", "f32",
+    "u8", "u4" (two to a byte), "i8", "e8m0", "ue4m3", "iq1s", "iq1m". has_super: a float16 per block multiplies the
+    group's scale, which is then ``scale_mul * code + scale_add``. mins: None, "f16" (added), or "u8"/"u4" (times
+    super_mins, subtracted). bias, table: the value of a code. dtype: of "values", in dense formats.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Format:
     mins: str | None = None
     bias: int = 0
     table: tuple[int, ...] | None = None
-    dtype: str = ""  # dense formats: the dtype of "values"
+    dtype: str = ""
 
     @property
     def dense(self) -> bool:

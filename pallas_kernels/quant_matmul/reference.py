@@ -71,7 +71,7 @@ def _unpack(plane, bits: int, block: int, xp):
 
 
 def _lookup(codes, table: tuple[int, ...], xp):
-    """table[codes] as float32. A tree of selects under jax: XLA's gather is scalar on the CPU, selects are vectorised."""
+    """table[codes] as float32. Under jax a tree of selects: XLA's gather is scalar on the CPU, selects are vectors."""
     if xp is np:
         return np.array(table, np.float32)[codes]
     level = [jnp.float32(v) for v in table]
@@ -105,7 +105,9 @@ def _scales(arrays, fmt: Format, xp):
         wide = stored.astype(xp.uint32)
         bits = xp.where(wide < 2, xp.uint32(0x00200000) << wide, (wide - xp.uint32(1)) << xp.uint32(23))
         return _from_bits(bits, xp), None
-    if fmt.scale == "ue4m3":  # 4 exponent bits (bias 7), 3 mantissa bits, halved for the doubled table; bit 7 is ignored
+    if (
+        fmt.scale == "ue4m3"
+    ):  # 4 exponent bits (bias 7), 3 mantissa bits, halved for the doubled table; bit 7 is ignored
         wide = stored.astype(xp.uint32)
         exponent, mantissa = (wide >> xp.uint32(3)) & xp.uint32(15), wide & xp.uint32(7)
         normal = _from_bits(((exponent + xp.uint32(119)) << xp.uint32(23)) | (mantissa << xp.uint32(20)), xp)

@@ -18,7 +18,7 @@ TILE_BYTES = 4 << 20  # of dequantized float32 weight
 
 
 def matmul(x: jax.Array, arrays: dict[str, Any], fmt: Format, lead: tuple[Any, ...]) -> jax.Array:
-    """x [M, K] float32 times weight ``lead`` of a stack [..., N, K] -> [M, N] float32. lead: one index a leading axis."""
+    """x [M, K] float32 times weight ``lead`` of a stack [..., N, K] -> float32 [M, N]. lead: an index a leading axis."""
     n, k = _rows(arrays, lead), x.shape[-1]
     m = x.shape[0]
     if m == 1:

@@ -38,15 +38,17 @@ def pack(
     """The bytes of a tensor -> its packed arrays.
 
     data: uint8 [nbytes], may be a view of a memory map. shape: logical, outermost first. out: arrays (or views into a
-    preallocated stack) of packed_spec's shapes and dtypes, written in place and returned. Raises GGUFError when the byte
-    count does not match the shape, UnsupportedModelError for an unknown type.
+    preallocated stack) of packed_spec's shapes and dtypes, written in place and returned. Raises GGUFError when the
+    byte count does not match the shape, UnsupportedModelError for an unknown type.
     """
     fmt = format_of(type)
     spec = packed_spec(shape, type)
     size, unpack = BLOCKS[fmt.name]
     blocks = math.prod(shape) // fmt.block
     if data.dtype != np.uint8 or data.ndim != 1 or data.size != blocks * size:
-        raise GGUFError(f"{fmt.name} tensor of shape {tuple(shape)}: {data.size} bytes of data, expected {blocks * size}")
+        raise GGUFError(
+            f"{fmt.name} tensor of shape {tuple(shape)}: {data.size} bytes of data, expected {blocks * size}"
+        )
     if out is None:
         out = {name: np.empty(s, dtype) for name, (s, dtype) in spec.items()}
     for name, (s, dtype) in spec.items():

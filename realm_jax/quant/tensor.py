@@ -8,6 +8,7 @@ from pallas_kernels.quant_matmul import (
     FORMATS,
     UnsupportedError,
     dequantize,
+    expert_matmul,
     quant_matmul,
     take_rows,
 )
@@ -39,6 +40,15 @@ class QuantizedTensor:
         """x [..., K] -> float32 [..., N]; ``layer`` picks one of a stack [L, N, K]. BackendError if not available."""
         try:
             return quant_matmul(x, self.arrays, FORMATS[self.format], layer=layer, backend=backend)
+        except UnsupportedError as e:
+            raise BackendError(str(e)) from e
+
+    def expert_matmul(
+        self, x: jax.Array, expert_ids: jax.Array, layer: jax.Array | int | None = None, backend: str = "auto"
+    ) -> jax.Array:
+        """Row i of x [..., K] times expert expert_ids[i] of [E, N, K], or of a layer of [L, E, N, K] -> [..., N]."""
+        try:
+            return expert_matmul(x, expert_ids, self.arrays, FORMATS[self.format], layer=layer, backend=backend)
         except UnsupportedError as e:
             raise BackendError(str(e)) from e
 
