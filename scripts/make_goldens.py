@@ -6,12 +6,12 @@ Needs llama-cpp-python (the oracle; no part of realm_jax needs it), gguf and num
     pip install llama-cpp-python==0.3.36 gguf==0.19.0
     python scripts/make_goldens.py              # all cases
     python scripts/make_goldens.py llama gemma2 # some
-    python scripts/make_goldens.py --quantized  # write nothing; print llama.cpp's distance from the float32 reference
+    python scripts/make_goldens.py --quantized  # write nothing; print llama.cpp's distance from the reference
 
-llama.cpp runs with flash attention off and a float32 key/value cache, so that with float32 weights its logits differ from exact
-arithmetic only by rounding (and, for gemma, by its half-precision GELU table). Each file holds the token ids, the positions kept
-(every fourth, to keep the repository small), the logits there (float32 [positions, vocab]), and a digest of the model's tensors,
-which tells a change of the models from an error of the forward.
+llama.cpp runs with flash attention off and a float32 key/value cache, so that with float32 weights its logits differ
+from exact arithmetic only by rounding (and, for gemma, its half-precision GELU table). Each file holds the token ids,
+the positions kept (every fourth, to keep the repository small), the logits there (float32 [positions, vocab]), and a
+digest of the model's tensors, which tells a change of the models from an error of the forward.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def main() -> None:
 
     llama_cpp.llama_log_set(_log_errors, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
-    tokens = tiny_models.test_tokens()
+    tokens = tiny_models.token_ids()
     GOLDENS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"

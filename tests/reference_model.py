@@ -1,7 +1,8 @@
 """An independent forward in plain numpy: the reference our decoder is compared to.
 
-It reads a GGUF file with gguf-py, dequantizes with gguf.quants, keeps no cache, attends over the whole sequence at once, and imports
-nothing of realm_jax. In float64 (the default) it is exact to far below every tolerance; float32 is for models of real size.
+It reads a GGUF file with gguf-py, dequantizes with gguf.quants, keeps no cache, attends over the whole sequence at
+once, and imports nothing of realm_jax. In float64 (the default) it is exact to far below every tolerance; float32 is for
+models of real size.
 """
 
 from functools import cached_property
@@ -72,8 +73,6 @@ class ReferenceModel:
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
             self._weights[name] = values.astype(self.dtype)
         return self._weights[name]
-
-    # ------------------------------------------------------------------------------------------------------------- parts
 
     def linear(self, x: np.ndarray, name: str) -> np.ndarray:
         y = x @ self.weight(name + ".weight").T
@@ -279,10 +278,8 @@ class ReferenceModel:
             out = out + shared
         return out
 
-    # ------------------------------------------------------------------------------------------------------------ forward
-
     def logits(self, tokens: list[int] | np.ndarray, *, context_length: int | None = None) -> np.ndarray:
-        """[T, vocab] at every position. `context_length` (default: the file's) only decides between longrope's two sets of factors."""
+        """[T, vocab], every position. `context_length` (default: the file's) only picks one of longrope's factors."""
         arch, context = self.architecture, context_length or self.key("context_length")
         x = self.weight("token_embd.weight")[np.asarray(tokens)]
         if arch in GEMMA:

@@ -1,11 +1,12 @@
 """Tiny random models: one GGUF file per architecture variant, written in milliseconds and the same on every machine.
 
-`CASES` names the float variants (one or more per architecture), `QUANTIZED_CASES` a llama whose weights are random *valid* blocks of a
-quantized type. `tiny_spec(case)` gives the metadata and the table of tensors, so that a test can change one thing before writing;
-`write_tiny_model(case, path)` writes the file.
+`CASES` names the float variants (one or more per architecture), `QUANTIZED_CASES` models whose weights are random valid
+blocks of a quantized type. `tiny_spec(case)` gives the metadata and the table of tensors, so that a test can change one
+thing before writing; `write_tiny_model(case, path)` writes the file.
 
-Numbers come from PCG64's raw 64-bit stream (which numpy guarantees), keyed by seed, case and tensor name, so the files do not depend on
-numpy's version, and a new tensor does not change the others. Shapes below are numpy order, outermost first: a linear map is (out, in).
+Numbers come from PCG64's raw 64-bit stream (which numpy guarantees), keyed by seed, case and tensor name, so that a file
+does not depend on numpy's version, and a new tensor does not change the others. Shapes are numpy order, outermost
+first: a linear map is (out, in).
 """
 
 import hashlib
@@ -46,7 +47,7 @@ class ModelSpec:
     tensors: dict[str, TensorSpec] = field(default_factory=dict)
 
 
-# --------------------------------------------------------------------------------------------------------------- tokenizers
+# Tokenizers
 
 
 def _byte_characters() -> list[str]:
@@ -57,9 +58,11 @@ def _byte_characters() -> list[str]:
 
 
 def bpe_vocabulary() -> dict[str, object]:
-    """A byte-level BPE vocabulary of 288 tokens: 256 bytes, 29 merges, and three control tokens (bos 285, eos 286, pad 287)."""
-    pairs = "Ġ t,Ġ a,h e,i n,r e,o n,Ġt he,e r,Ġ s,a t,Ġ w,Ġ o,e n,Ġ c,i t,i s,a n,o r,e s,Ġ b,e d,Ġ f,in g,Ġ p,o u,Ġa n,a l,a r,Ġt o"
-    merges = pairs.split(",")
+    """A byte-level BPE vocabulary of 288 tokens: 256 bytes, 29 merges, and bos, eos, pad (285 to 287)."""
+    merges = [
+        *("Ġ t", "Ġ a", "h e", "i n", "r e", "o n", "Ġt he", "e r", "Ġ s", "a t", "Ġ w", "Ġ o", "e n", "Ġ c", "i t"),
+        *("i s", "a n", "o r", "e s", "Ġ b", "e d", "Ġ f", "in g", "Ġ p", "o u", "Ġa n", "a l", "a r", "Ġt o"),
+    ]
     tokens = [*_byte_characters(), *("".join(pair.split(" ")) for pair in merges), "<|bos|>", "<|eos|>", "<|pad|>"]
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -76,7 +79,10 @@ def bpe_vocabulary() -> dict[str, object]:
 
 def spm_vocabulary() -> dict[str, object]:
     """A SentencePiece vocabulary of 288 tokens: unk, bos, eos, 256 byte tokens, and 29 pieces with falling scores."""
-    pieces = "▁ e t a o i n s h r d l u ▁t he ▁a in re on ▁the er ▁s at ▁w ▁o en ▁c it is".split(" ")
+    pieces = [
+        *("▁", "e", "t", "a", "o", "i", "n", "s", "h", "r", "d", "l", "u", "▁t", "he"),
+        *("▁a", "in", "re", "on", "▁the", "er", "▁s", "at", "▁w", "▁o", "en", "▁c", "it", "is"),
+    ]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *pieces]
     return {
         "tokenizer.ggml.model": "llama",
@@ -95,12 +101,12 @@ def spm_vocabulary() -> dict[str, object]:
 VOCABULARY_SIZE = 288
 
 
-def test_tokens(count: int = TEST_TOKENS) -> list[int]:
+def token_ids(count: int = TEST_TOKENS) -> list[int]:
     """The token sequence that goldens are computed for: no control tokens, some repetition."""
     return [(37 * i * i + 11 * i + 5) % 257 + (i % 7) for i in range(count)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- builders
+# Builders
 
 
 def _spec(arch: str, *, layers: int, width: int, context: int = 512, spm: bool = False, **keys: object) -> ModelSpec:
@@ -173,7 +179,7 @@ def _experts(
     ggml_type: str | None = None,
 ) -> None:
     blk = f"blk.{layer}.ffn_"
-    # The router's spread decides how far apart the experts' scores are: wide, so that rounding never changes the choice.
+    # A wide spread of the router's scores, so that rounding never changes which experts are chosen.
     spec.tensors[blk + "gate_inp.weight"] = TensorSpec((experts, width), "linear", 2.0, ggml_type="F32")
     if bias:
         spec.tensors[blk + "gate_inp.bias"] = TensorSpec((experts,), "bias", 0.3)
@@ -493,7 +499,7 @@ CASES: Mapping[str, Callable[[], ModelSpec]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------- quantized variants
+# Quantized variants
 
 
 def _wide_llama(experts: int = 0) -> ModelSpec:
@@ -519,10 +525,14 @@ def _all(ggml_type: str) -> Callable[[str], str]:
     return lambda name: ggml_type
 
 
+_F32 = _all("F32")
+
+
 QUANTIZED_TYPES = (
-    "F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS TQ1_0 TQ2_0 "
-    "MXFP4 NVFP4"
-).split()
+    *("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+    *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
+)
 
 QUANTIZED_CASES: Mapping[str, QuantizedCase] = {
     **{f"llama-{t}": QuantizedCase(_wide_llama, _all(t)) for t in QUANTIZED_TYPES},
@@ -531,8 +541,8 @@ QUANTIZED_CASES: Mapping[str, QuantizedCase] = {
     "gpt-oss-MXFP4": QuantizedCase(lambda: _gpt_oss(expert_type="MXFP4"), _all("F32")),
 }
 
-# Where each type keeps its f16 scale and f16 minimum (byte offsets within a block), and the minimum that centres its values,
-# as a multiple of the scale.
+# Where each type keeps its f16 scale and f16 minimum (byte offsets within a block), and the minimum that centres its
+# values, as a multiple of the scale.
 _SCALES: dict[str, tuple[int, int | None, float]] = {
     "Q4_0": (0, None, 0),
     "Q4_1": (0, 2, -7.5),
@@ -581,7 +591,7 @@ def _set_scales(name: str, blocks: np.ndarray, scale: np.ndarray) -> None:
 
 
 def random_blocks(name: str, shape: tuple[int, ...], std: float, bits: "RandomBits") -> np.ndarray:
-    """Random valid blocks of a ggml type: uint8 [*shape[:-1], row bytes] whose dequantized values have the given deviation."""
+    """Random valid blocks of a ggml type, uint8 [*shape[:-1], row bytes]; `std` is the deviation of their values."""
     ggml_type = GGMLQuantizationType[name]
     elements, size = gguf.GGML_QUANT_SIZES[ggml_type]
     count = int(np.prod(shape)) // elements
@@ -602,7 +612,7 @@ def random_blocks(name: str, shape: tuple[int, ...], std: float, bits: "RandomBi
     return blocks.reshape(*shape[:-1], shape[-1] // elements * size)
 
 
-# ---------------------------------------------------------------------------------------------------------------- writing
+# Writing
 
 
 class RandomBits:
@@ -655,9 +665,9 @@ def _add_metadata(writer: gguf.GGUFWriter, key: str, value: object) -> None:
 
 
 def write_spec(
-    spec: ModelSpec, path: str | Path, *, label: str, seed: int = 0, type_of: Callable[[str], str] = _all("F32")
+    spec: ModelSpec, path: str | Path, *, label: str, seed: int = 0, type_of: Callable[[str], str] = _F32
 ) -> str:
-    """Writes a GGUF file; `type_of` gives the ggml type of each matrix by its name. Returns a digest of the tensors' bytes."""
+    """Writes a GGUF file and returns a digest of its tensors. `type_of` gives each matrix's ggml type by its name."""
     writer = gguf.GGUFWriter(str(path), spec.architecture)
     for key, value in spec.metadata.items():
         _add_metadata(writer, key, value)
@@ -682,7 +692,7 @@ def write_spec(
 def write_tiny_model(arch_case: str, path: str | Path, *, seed: int = 0, weight_type: str = "F32") -> str:
     """Writes the GGUF file of a case and returns a digest of its tensors.
 
-    `weight_type` (a ggml type's name) applies to the matrices of a case in CASES; a case in QUANTIZED_CASES knows its own types.
+    `weight_type` (a ggml type's name) applies to the matrices of a case in CASES; those in QUANTIZED_CASES know theirs.
     """
     if arch_case in QUANTIZED_CASES:
         case = QUANTIZED_CASES[arch_case]
