@@ -1,8 +1,8 @@
 """An independent forward in plain numpy: the reference our decoder is compared to.
 
 It reads a GGUF file with gguf-py, dequantizes with gguf.quants, keeps no cache, attends over the whole sequence at
-once, and imports nothing of realm_jax. In float64 (the default) it is exact to far below every tolerance; float32 is for
-models of real size.
+once, and imports nothing of realm_jax. In float64 (the default) it is exact to far below every tolerance; float32 is
+for models of real size.
 """
 
 from functools import cached_property

@@ -4,7 +4,7 @@
 blocks of a quantized type. `tiny_spec(case)` gives the metadata and the table of tensors, so that a test can change one
 thing before writing; `write_tiny_model(case, path)` writes the file.
 
-Numbers come from PCG64's raw 64-bit stream (which numpy guarantees), keyed by seed, case and tensor name, so that a file
+Numbers come from PCG64's raw 64-bit stream (which numpy guarantees), keyed by seed, case and tensor name, so a file
 does not depend on numpy's version, and a new tensor does not change the others. Shapes are numpy order, outermost
 first: a linear map is (out, in).
 """
