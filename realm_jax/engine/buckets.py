@@ -1,0 +1,30 @@
+"""The sizes programs are compiled for. The only place that knows them."""
+
+from dataclasses import dataclass
+
+# Tokens of one sequence in one forward. A prompt's last chunk is padded to the next of these, decoding is 1.
+CHUNK_SIZES = (1, 16, 128)
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Rows (sequences in a batch) and tokens (of each) that a forward is compiled for."""
+
+    rows: tuple[int, ...]
+    tokens: tuple[int, ...] = CHUNK_SIZES
+
+    @classmethod
+    def up_to(cls, max_batch: int) -> "Buckets":
+        """Powers of two below max_batch, and max_batch itself."""
+        rows = [1]
+        while rows[-1] * 2 < max_batch:
+            rows.append(rows[-1] * 2)
+        if max_batch > 1:
+            rows.append(max_batch)
+        return cls(rows=tuple(rows))
+
+    def row_bucket(self, n: int) -> int:
+        return next(size for size in self.rows if size >= n)
+
+    def token_bucket(self, n: int) -> int:
+        return next(size for size in self.tokens if size >= n)

@@ -1,0 +1,34 @@
+"""Compiled programs kept on disk between runs, in a directory private to the user.
+
+A compiled program is code: whoever may write to this directory may run code as its owner.
+"""
+
+import logging
+import os
+import stat
+
+import jax
+
+from realm_jax.registry.store import cache_root
+
+_log = logging.getLogger(__name__)
+
+
+def enable_compile_cache() -> None:
+    """Points JAX at the user's cache, unless the user has chosen one. Where none can be had, says so and does without."""
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    path = cache_root() / "xla"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.lstat()
+        if not stat.S_ISDIR(status.st_mode) or (hasattr(os, "getuid") and status.st_uid != os.getuid()):
+            _log.warning("compiled programs are not cached: %s does not belong to this user", path)
+            return
+        if stat.S_IMODE(status.st_mode) & 0o077:
+            path.chmod(0o700)
+    except OSError as error:
+        _log.warning("compiled programs are not cached: %s: %s", path, error.strerror)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

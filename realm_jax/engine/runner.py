@@ -1,0 +1,187 @@
+"""The runner: owns the page pool on the device and the compiled programs, and runs batches of sequences."""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from realm_jax.cache import BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, CacheView, KVPool, allocate_pool, append
+from realm_jax.engine.buckets import Buckets
+from realm_jax.engine.compile_cache import enable_compile_cache
+from realm_jax.errors import BackendError
+from realm_jax.model.decoder import forward, logits
+from realm_jax.model.params import Model, Params
+
+_log = logging.getLogger(__name__)
+
+Wanted = Literal["last", "all", "hidden"]
+BACKENDS = ("auto", "xla", "native", "pallas")
+POOL_BYTES = 1 << 30  # of cached rows, unless one sequence needs more
+
+
+class Runner:
+    """Runs forwards over a shared page pool.
+
+    Rows of one call are grouped by the chunk size they are padded to, so that a row's numbers depend on nothing but its
+    own sequence and how it is cut: not on the batch around it.
+    """
+
+    def __init__(self, model: Model, *, max_batch: int = 8, backend: str = "auto"):
+        """Allocates nothing on the device until the first step.
+
+        Args:
+            model: the model.
+            max_batch: most sequences in one call.
+            backend: "auto" or a kernel backend by name.
+
+        Raises:
+            BackendError: the backend is not available.
+        """
+        self.backend = resolve_backend(backend)
+        self.model = model
+        self.max_batch = max_batch
+        self.buckets = Buckets.up_to(max_batch)
+        self.chunk = self.buckets.tokens[-1]
+        self.page_size = PAGE_SIZE
+        blocks = -(-model.config.context_length // BLOCK_SIZE)
+        self.max_pages_per_slot = blocks * BLOCK_PAGES
+        page_bytes = model.config.cache_bytes_per_token * PAGE_SIZE
+        affordable = max(self.max_pages_per_slot, POOL_BYTES // page_bytes)
+        self.num_pages = min(self.max_pages_per_slot * max_batch, affordable)
+        self.vocab_size = model.config.vocab_size
+        self._pool: KVPool | None = None
+        self._programs: dict[tuple[Wanted, int, int], Callable[..., Any]] = {}
+        self.on_compile: Callable[[str], None] | None = None
+        enable_compile_cache()
+
+    @property
+    def compiled(self) -> int:
+        """Programs compiled so far."""
+        return len(self._programs)
+
+    def step(self, tokens: Sequence[np.ndarray], starts: Sequence[int], tables: np.ndarray) -> jax.Array:
+        """Appends tokens to sequences.
+
+        Args:
+            tokens: per row, int32 [1 .. chunk] tokens to append.
+            starts: per row, how many tokens its sequence already has in the cache.
+            tables: int32 [rows, max_pages_per_slot]; pages of each sequence, covering the new tokens.
+
+        Returns:
+            float32 [rows bucket, vocab]: logits of the last token of each row; rows past the given ones are padding.
+        """
+        groups: dict[int, list[int]] = {}
+        for i, row in enumerate(tokens):
+            groups.setdefault(self.buckets.token_bucket(len(row)), []).append(i)
+        outputs = []
+        for size, members in sorted(groups.items()):
+            out = self._run("last", [tokens[i] for i in members], [starts[i] for i in members], tables[members], size)
+            outputs.append((members, out))
+        if len(outputs) == 1:
+            return outputs[0][1]
+        order = np.concatenate([members for members, _ in outputs])
+        rows = jnp.concatenate([out[: len(members)] for members, out in outputs])
+        back = np.zeros(self.buckets.row_bucket(len(tokens)), np.int32)
+        back[order] = np.arange(len(order))
+        return rows[back]
+
+    def step_all(self, tokens: np.ndarray, start: int, table: np.ndarray) -> np.ndarray:
+        """Appends tokens to one sequence; float32 [T, vocab] logits at every one of them."""
+        return self._run_all("all", tokens, start, table)
+
+    def hidden_all(self, tokens: np.ndarray, start: int, table: np.ndarray) -> np.ndarray:
+        """Appends tokens to one sequence; float32 [T, hidden] normalised hidden states of the last layer."""
+        return self._run_all("hidden", tokens, start, table)
+
+    def _run_all(self, wanted: Wanted, tokens: np.ndarray, start: int, table: np.ndarray) -> np.ndarray:
+        parts = []
+        for at in range(0, len(tokens), self.chunk):
+            part = tokens[at : at + self.chunk]
+            out = self._run(wanted, [part], [start + at], table[None], self.buckets.token_bucket(len(part)))
+            parts.append(np.asarray(out[0, : len(part)]))
+        return np.concatenate(parts)
+
+    def _run(
+        self, wanted: Wanted, tokens: Sequence[np.ndarray], starts: Sequence[int], tables: np.ndarray, size: int
+    ) -> jax.Array:
+        rows = self.buckets.row_bucket(len(tokens))
+        ids = np.zeros((rows, size), np.int32)
+        positions = np.full((rows, size), -1, np.int32)
+        lengths = np.zeros(rows, np.int32)
+        last = np.zeros(rows, np.int32)
+        table = np.zeros((rows, self.max_pages_per_slot), np.int32)
+        for i, (row, start) in enumerate(zip(tokens, starts, strict=True)):
+            n = len(row)
+            ids[i, :n] = row
+            positions[i, :n] = start + np.arange(n)
+            lengths[i] = start
+            last[i] = n - 1
+        table[: len(tokens)] = tables
+        blocks = np.int32(-(-(int(positions.max()) + 1) // BLOCK_SIZE))
+        if self._pool is None:
+            c = self.model.config
+            self._pool = allocate_pool(c.num_layers, self.num_pages, c.num_kv_heads, c.head_dim, c.value_dim)
+        args = (self.model.params, self._pool, ids, positions, table, lengths, last, blocks)
+        program = self._program(wanted, rows, size, args)
+        self._pool = None  # donated: if the call fails, a fresh pool is made, and what was cached is recomputed
+        out, self._pool = program(*args)
+        return out
+
+    def _program(self, wanted: Wanted, rows: int, size: int, args: tuple) -> Callable[..., Any]:
+        key = (wanted, rows, size)
+        if key not in self._programs:
+            if self.on_compile is not None:
+                self.on_compile(f"{rows} x {size} tokens")
+            run = partial(
+                _run_batch, config=self.model.config, plan=self.model.plan, backend=self.backend, wanted=wanted
+            )
+            self._programs[key] = jax.jit(run, donate_argnums=1).lower(*args).compile()
+        return self._programs[key]
+
+
+def _run_batch(
+    params: Params,
+    pool: KVPool,
+    tokens: jax.Array,
+    positions: jax.Array,
+    tables: jax.Array,
+    lengths: jax.Array,
+    last: jax.Array,
+    blocks: jax.Array,
+    *,
+    config: Any,
+    plan: Any,
+    backend: str,
+    wanted: Wanted,
+) -> tuple[jax.Array, KVPool]:
+    """One batch: tokens and positions int32 [B, T], tables [B, pages], lengths and last [B] -> (result, pool).
+
+    The result is float32 [B, vocab] at index `last` of each row, or [B, T, vocab], or hidden states [B, T, hidden].
+    """
+
+    def one(tokens: jax.Array, positions: jax.Array, table: jax.Array, length: jax.Array):
+        view = CacheView(pool=pool, table=table, length=length, blocks=blocks)
+        return forward(params, config, plan, tokens, positions, view, backend=backend)
+
+    hidden, rows = jax.vmap(one, out_axes=(0, 1))(tokens, positions, tables, lengths)
+    pool = append(pool, rows, tables, positions)
+    if wanted == "hidden":
+        return hidden, pool
+    if wanted == "last":
+        hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]  # [B, hidden]
+    return logits(params, config, hidden, backend=backend), pool
+
+
+def resolve_backend(name: str) -> str:
+    """The backend a user's choice stands for. BackendError when it is not available here."""
+    if name not in BACKENDS:
+        raise BackendError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
+    if name == "native":
+        raise BackendError("backend 'native' is not part of this version; use 'auto' or 'xla'")
+    if name == "pallas":
+        raise BackendError("backend 'pallas' is not part of this version; use 'auto' or 'xla'")
+    return "xla"

@@ -1,0 +1,226 @@
+"""The decoder: pure functions of one sequence, the same for every architecture. jax.vmap gives the batch.
+
+What differs between architectures is data: ModelConfig, and which tensors a layer has.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from realm_jax.cache import CacheView, KVRows
+from realm_jax.model.attention import attend
+from realm_jax.model.config import ModelConfig
+from realm_jax.model.experts import mixture
+from realm_jax.model.ops import gated, rms_norm, rotate, rotations, softcap
+from realm_jax.model.params import Params
+from realm_jax.model.plan import LayerPlan, Segment
+from realm_jax.model.weights import LayerWeights
+
+
+def forward(
+    params: Params,
+    config: ModelConfig,
+    plan: LayerPlan,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: CacheView,
+    *,
+    backend: str = "auto",
+) -> tuple[jax.Array, KVRows]:
+    """One sequence through all layers.
+
+    Args:
+        params, config, plan: of the model; config and plan are static.
+        tokens: int32 [T].
+        positions: int32 [T]: cache.length, cache.length + 1, ...; negative marks padding at the end.
+        cache: the sequence's view of the cache.
+        backend: of the kernels, static.
+
+    Returns:
+        Hidden states float32 [T, hidden], normalised, ready for `logits`; and the rows to append to the cache.
+    """
+    with jax.named_scope("embedding"):
+        x = params.tables["token_embd.weight"].take_rows(tokens) * config.embedding_scale
+    with jax.named_scope("rope"):
+        turns = rotations(params.rope, config, positions)
+
+    def layer(x: jax.Array, weights: LayerWeights, number: jax.Array, rope: jax.Array, window: jax.Array):
+        cos_sin = (turns[0][rope], turns[1][rope])
+        return _layer(x, weights, config, number, cos_sin, window, positions, cache)
+
+    parts = []
+    for segment in plan.segments:
+        x, rows = _run_segment(x, params, config, plan, segment, layer, backend)
+        parts.append(rows)
+    rows = jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts)
+    with jax.named_scope("output_norm"):
+        return rms_norm(x, params.tables["output_norm.weight"], config.norm_eps), rows
+
+
+def logits(params: Params, config: ModelConfig, hidden: jax.Array, *, backend: str = "auto") -> jax.Array:
+    """Hidden states float32 [..., hidden] -> float32 [..., vocab]."""
+    with jax.named_scope("head"):
+        head = params.tables.get("output.weight", params.tables["token_embd.weight"])
+        out = head.matmul(hidden, backend=backend)
+        if "output.bias" in params.tables:
+            out = out + params.tables["output.bias"]
+        if config.logit_scale != 1.0:
+            out = out * config.logit_scale
+        return softcap(out, config.final_softcap)
+
+
+def _run_segment(
+    x: jax.Array,
+    params: Params,
+    config: ModelConfig,
+    plan: LayerPlan,
+    segment: Segment,
+    layer: Callable[..., tuple[jax.Array, KVRows]],
+    backend: str,
+) -> tuple[jax.Array, KVRows]:
+    """Scans over the repeats of a segment, the layers of its period unrolled in the body."""
+
+    def table(values: Callable[[int], int]) -> np.ndarray:
+        """int32 [repeats, period] of a value per layer."""
+        numbers = [values(segment.start + i) for i in range(segment.period * segment.repeats)]
+        return np.asarray(numbers, np.int32).reshape(segment.repeats, segment.period)
+
+    data = {
+        "number": table(lambda i: i),
+        "rope": table(lambda i: config.layer_rope[i]),
+        "window": table(lambda i: config.layer_window[i]),
+    }
+    signature = [plan.layers[segment.start + j] for j in range(segment.period)]
+    places = [
+        {
+            role: np.asarray(
+                [plan.layers[segment.start + r * segment.period + j][n][2] for r in range(segment.repeats)], np.int32
+            )
+            for n, (role, _, _) in enumerate(row)
+        }
+        for j, row in enumerate(signature)
+    ]
+
+    def body(x: jax.Array, scanned: tuple) -> tuple[jax.Array, KVRows]:
+        data, places = scanned
+        period = []
+        for j, row in enumerate(signature):
+            weights = LayerWeights(params, {role: (stack, places[j][role]) for role, stack, _ in row}, backend)
+            x, rows = layer(x, weights, data["number"][j], data["rope"][j], data["window"][j])
+            period.append(rows)
+        return x, jax.tree.map(lambda *parts: jnp.stack(parts), *period)
+
+    x, rows = lax.scan(body, x, (data, places))  # rows: [repeats, period, T, kv_heads, dim]
+    return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), rows)
+
+
+def _layer(
+    x: jax.Array,
+    w: LayerWeights,
+    c: ModelConfig,
+    number: jax.Array,
+    cos_sin: tuple[jax.Array, jax.Array],
+    window: jax.Array,
+    positions: jax.Array,
+    cache: CacheView,
+) -> tuple[jax.Array, KVRows]:
+    """One decoder layer: float32 [T, hidden] -> the same, and its cache rows."""
+    with jax.named_scope("attention"):
+        h = rms_norm(x, w.vector("attn_norm.weight"), c.norm_eps) if "attn_norm.weight" in w else x
+        attention = _latent_attention if c.latent is not None else _attention
+        h, rows = attention(h, w, c, number, cos_sin, window, positions, cache)
+        if c.spec.post_norm:
+            h = rms_norm(h, w.vector("post_attention_norm.weight"), c.norm_eps)
+        x = x + (h * c.residual_scale if c.residual_scale != 1.0 else h)
+    with jax.named_scope("feed_forward"):
+        norm = f"{c.spec.ffn_norm}.weight"
+        h = rms_norm(x, w.vector(norm), c.norm_eps) if c.spec.pre_norm else x
+        h = mixture(h, w, c) if "ffn_gate_inp.weight" in w else _feed_forward(h, w, c)
+        if c.spec.post_norm:
+            h = rms_norm(h, w.vector("post_ffw_norm.weight"), c.norm_eps)
+        x = x + (h * c.residual_scale if c.residual_scale != 1.0 else h)
+    return x, rows
+
+
+def _attention(h, w, c, number, cos_sin, window, positions, cache) -> tuple[jax.Array, KVRows]:
+    """Grouped-query attention: float32 [T, hidden] -> the same, and rows [T, kv_heads, dim]."""
+    tokens = h.shape[0]
+    sizes = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.value_dim)
+    if "attn_qkv.weight" in w:
+        q, k, v = jnp.split(w.linear(h, "attn_qkv"), np.cumsum(sizes)[:2], axis=-1)
+        q, k, v = (
+            x + w.vector(f"{name}.bias") if f"{name}.bias" in w else x
+            for name, x in (("attn_q", q), ("attn_k", k), ("attn_v", v))
+        )
+    else:
+        q, k, v = w.linear(h, "attn_q"), w.linear(h, "attn_k"), w.linear(h, "attn_v")
+    if c.spec.qk_norm == "full":
+        q, k = (
+            rms_norm(q, w.vector("attn_q_norm.weight"), c.norm_eps),
+            rms_norm(k, w.vector("attn_k_norm.weight"), c.norm_eps),
+        )
+    q = q.reshape(tokens, c.num_heads, c.head_dim)
+    k = k.reshape(tokens, c.num_kv_heads, c.head_dim)
+    v = v.reshape(tokens, c.num_kv_heads, c.value_dim)
+    if c.spec.qk_norm == "head":
+        q, k = (
+            rms_norm(q, w.vector("attn_q_norm.weight"), c.norm_eps),
+            rms_norm(k, w.vector("attn_k_norm.weight"), c.norm_eps),
+        )
+    q, k = rotate(q, cos_sin, c.spec.rope), rotate(k, cos_sin, c.spec.rope)
+    mixed = attend(
+        q,
+        k,
+        v,
+        positions,
+        cache,
+        number,
+        scale=c.attention_scale,
+        window=window,
+        softcap=c.attention_softcap,
+        sinks=w.vector("attn_sinks.weight") if c.spec.sinks else None,
+        value_dim=c.value_dim,
+    )
+    return w.linear(mixed.reshape(tokens, -1), "attn_output"), KVRows(keys=k, values=v)
+
+
+def _latent_attention(h, w, c, number, cos_sin, window, positions, cache) -> tuple[jax.Array, KVRows]:
+    """Multi-head latent attention, decompression absorbed into queries and output: one cached row serves all heads."""
+    tokens, m = h.shape[0], c.latent
+    rotated = c.ropes[0].dim
+    if m.query_rank:
+        q = w.linear(rms_norm(w.linear(h, "attn_q_a"), w.vector("attn_q_a_norm.weight"), c.norm_eps), "attn_q_b")
+    else:
+        q = w.linear(h, "attn_q")
+    q = q.reshape(tokens, c.num_heads, m.key_dim)
+    q_plain, q_rotated = q[..., : m.key_dim - rotated], rotate(q[..., m.key_dim - rotated :], cos_sin, c.spec.rope)
+    q_latent = jnp.einsum("thn,hrn->thr", q_plain, w.dense("attn_k_b.weight"), precision=lax.Precision.HIGHEST)
+    compressed = w.linear(h, "attn_kv_a_mqa")  # [T, rank + rotated]
+    latent = rms_norm(compressed[:, : m.rank], w.vector("attn_kv_a_norm.weight"), c.norm_eps)
+    k_rotated = rotate(compressed[:, None, m.rank :], cos_sin, c.spec.rope)
+    keys = jnp.concatenate([latent[:, None, :], k_rotated], axis=-1)  # [T, 1, rank + rotated]
+    values = jnp.zeros((tokens, 1, 0), jnp.float32)
+    mixed = attend(
+        jnp.concatenate([q_latent, q_rotated], axis=-1),
+        keys,
+        values,
+        positions,
+        cache,
+        number,
+        scale=c.attention_scale,
+        window=window,
+        value_dim=m.rank,
+    )
+    v = jnp.einsum("thr,hvr->thv", mixed, w.dense("attn_v_b.weight"), precision=lax.Precision.HIGHEST)
+    return w.linear(v.reshape(tokens, -1), "attn_output"), KVRows(keys=keys, values=values)
+
+
+def _feed_forward(h: jax.Array, w: LayerWeights, c: ModelConfig) -> jax.Array:
+    if c.spec.fused_gate_up:
+        gate, up = jnp.split(w.linear(h, "ffn_up"), 2, axis=-1)
+    else:
+        gate, up = w.linear(h, "ffn_gate"), w.linear(h, "ffn_up")
+    return w.linear(gated(gate, up, c.spec.activation), "ffn_down")

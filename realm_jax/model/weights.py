@@ -1,0 +1,41 @@
+"""What the decoder sees of one layer's weights."""
+
+from dataclasses import dataclass
+
+import jax
+
+from realm_jax.model.params import Params
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The weights of one layer: for each role a stack, and a (traced) index into it."""
+
+    params: Params
+    places: dict[str, tuple[str, jax.Array]]  # role -> (stack, index)
+    backend: str
+
+    def __contains__(self, role: str) -> bool:
+        return role in self.places
+
+    def vector(self, role: str) -> jax.Array:
+        """float32, the shape of one layer's tensor."""
+        stack, index = self.places[role]
+        return self.params.vectors[stack][index]
+
+    def dense(self, role: str) -> jax.Array:
+        """A small matrix, dequantized: float32."""
+        stack, index = self.places[role]
+        return jax.tree.map(lambda a: a[index], self.params.stacks[stack]).dequantize()
+
+    def linear(self, x: jax.Array, name: str) -> jax.Array:
+        """float32 [..., K] -> float32 [..., N], bias included where the layer has one."""
+        stack, index = self.places[f"{name}.weight"]
+        y = self.params.stacks[stack].matmul(x, layer=index, backend=self.backend)
+        return y + self.vector(f"{name}.bias") if f"{name}.bias" in self.places else y
+
+    def expert_linear(self, x: jax.Array, ids: jax.Array, name: str) -> jax.Array:
+        """Row i of x [M, K] through expert ids[i] -> float32 [M, N], bias included where the layer has one."""
+        stack, index = self.places[f"{name}.weight"]
+        y = self.params.stacks[stack].expert_matmul(x, ids, layer=index, backend=self.backend)
+        return y + self.vector(f"{name}.bias")[ids] if f"{name}.bias" in self.places else y
