@@ -42,14 +42,23 @@ class ArchitectureSpec:
     experts: Literal["none", "optional", "always"] = "none"
     router: Literal["softmax", "softmax_topk", "key"] = "softmax"  # softmax over all, over the chosen, or by metadata
     router_normalise: bool = True  # the chosen weights are divided by their sum
-    shared_expert: Literal["none", "gated", "plain"] = "none"
+    shared_expert: Literal["none", "gated", "counted", "sized"] = "none"  # gated by a sigmoid, or added as it is
     expert_bias: bool = False
-    attention_bias: Literal["none", "optional", "required"] = "optional"
     output_bias: Literal["none", "optional", "required"] = "none"  # bias of attn_output
     ffn_bias: bool = False  # optional biases of the dense feed-forward block
     head_bias: bool = False  # optional output.bias
     mla: bool = False  # multi-head latent attention: the cache holds one latent row per token
 
+
+_GRANITE = ArchitectureSpec(
+    rope="norm",
+    granite_scales=True,
+    rope_freqs=True,
+    experts="optional",
+    shared_expert="sized",
+    output_bias="optional",
+    ffn_bias=True,
+)
 
 ARCHITECTURES: dict[str, ArchitectureSpec] = {
     "llama": ArchitectureSpec(
@@ -96,9 +105,8 @@ ARCHITECTURES: dict[str, ArchitectureSpec] = {
     "olmo2": ArchitectureSpec(
         rope="neox", qk_norm="full", pre_norm=False, post_norm=True, window_period=4, local_rope="plain", tied="never"
     ),
-    "granite": ArchitectureSpec(
-        rope="norm", granite_scales=True, rope_freqs=True, output_bias="optional", ffn_bias=True
-    ),
+    "granite": _GRANITE,
+    "granitemoe": _GRANITE,
     "gpt-oss": ArchitectureSpec(
         rope="neox",
         activation="swiglu_oai",
@@ -114,6 +122,6 @@ ARCHITECTURES: dict[str, ArchitectureSpec] = {
         output_bias="required",
     ),
     "deepseek2": ArchitectureSpec(
-        rope="norm", experts="always", router="key", shared_expert="plain", attention_bias="none", mla=True
+        rope="norm", experts="always", router="key", shared_expert="counted", mla=True
     ),
 }

@@ -51,8 +51,9 @@ def attend(
     grouped = q.reshape(tokens, kv_heads, group, head_dim) * scale
     latent = values.shape[-1] == 0
     num_pages = cache.pool.num_pages
-    pool_keys = cache.pool.keys.reshape(-1, *cache.pool.keys.shape[2:])  # [layers * pages, page, kv_heads, dim]
-    pool_values = cache.pool.values.reshape(-1, *cache.pool.values.shape[2:])
+    flat = (cache.pool.keys.shape[0] * num_pages, *cache.pool.keys.shape[2:-1])  # sizes in full: values may be empty
+    pool_keys = cache.pool.keys.reshape(*flat, head_dim)  # [layers * pages, page, kv_heads, dim]
+    pool_values = cache.pool.values.reshape(*flat, values.shape[-1])
     lookback = jnp.where(window > 0, window, jnp.iinfo(jnp.int32).max)
 
     def rows(new: jax.Array, pool: jax.Array, pages: jax.Array, at: jax.Array) -> jax.Array:

@@ -325,7 +325,9 @@ def _experts(read: MetadataReader, spec: ArchitectureSpec, layers: int, ffn: int
     if spec.shared_expert == "gated":
         size = size if read.raw("expert_feed_forward_length") is not None else ffn // used
         shared = read.integer("expert_shared_feed_forward_length", 0) or ffn
-    elif spec.shared_expert == "plain":
+    elif spec.shared_expert == "sized":
+        shared = read.integer("expert_shared_feed_forward_length", 0)
+    elif spec.shared_expert == "counted":
         shared = size * read.integer("expert_shared_count", low=1, high=1024)
     else:
         shared = 0

@@ -114,7 +114,7 @@ def _run_segment(
         return x, jax.tree.map(lambda *parts: jnp.stack(parts), *period)
 
     x, rows = lax.scan(body, x, (data, places))  # rows: [repeats, period, T, kv_heads, dim]
-    return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), rows)
+    return x, jax.tree.map(lambda a: a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]), rows)
 
 
 def _layer(

@@ -1,0 +1,60 @@
+"""Realm: a JAX/XLA-compiled, multi-tenant inference runtime for language models in GGUF files.
+
+    from realm_jax import LLM, SamplingParams
+
+    with LLM("model.gguf") as llm:
+        print(llm.generate("The capital of France is", SamplingParams(max_tokens=16)).text)
+
+Names are loaded when first used, so that reading a file's header or tokenizing text does not import jax.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from realm_jax.errors import (
+    AdapterError,
+    BackendError,
+    CapacityError,
+    ChatTemplateError,
+    DownloadError,
+    GGUFError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    RealmError,
+    TokenizerError,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from realm_jax.llm import LLM
+    from realm_jax.sampling_params import SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "AdapterError",
+    "BackendError",
+    "CapacityError",
+    "ChatTemplateError",
+    "DownloadError",
+    "GGUFError",
+    "InvalidRequestError",
+    "ModelNotFoundError",
+    "RealmError",
+    "SamplingParams",
+    "TokenizerError",
+    "UnsupportedModelError",
+]
+
+_LAZY = {"LLM": "realm_jax.llm", "SamplingParams": "realm_jax.sampling_params"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
