@@ -121,7 +121,5 @@ ARCHITECTURES: dict[str, ArchitectureSpec] = {
         expert_bias=True,
         output_bias="required",
     ),
-    "deepseek2": ArchitectureSpec(
-        rope="norm", experts="always", router="key", shared_expert="counted", mla=True
-    ),
+    "deepseek2": ArchitectureSpec(rope="norm", experts="always", router="key", shared_expert="counted", mla=True),
 }

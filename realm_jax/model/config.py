@@ -8,7 +8,7 @@ from typing import Any, Literal
 from realm_jax.errors import GGUFError, InvalidRequestError, UnsupportedModelError
 from realm_jax.model.architectures import ARCHITECTURES, ArchitectureSpec
 from realm_jax.model.metadata import MetadataReader
-from realm_jax.model.rope import RopeConfig
+from realm_jax.model.rope import BETA_FAST, BETA_SLOW, RopeConfig
 
 MAX_LAYERS = 1024
 DEFAULT_CONTEXT = 4096
@@ -269,6 +269,16 @@ def _ropes(
     gain = 1.0 + 0.1 * math.log(factor)
     temperature = magnitude * (1.0 + 0.1 * log_multiplier * math.log(factor))
     yarn = scaling == "yarn"
+    # Converters copy these from a model's own config. llama.cpp ignores them for our architectures, so only the values
+    # that mean what is computed anyway can be right.
+    for key, usual in (("beta_fast", BETA_FAST), ("beta_slow", BETA_SLOW), ("ext_factor", 1.0), ("attn_factor", gain)):
+        value = read.number(f"rope.scaling.yarn_{key}", usual)
+        if yarn and not math.isclose(value, usual, rel_tol=1e-3):
+            raise UnsupportedModelError(f"rope.scaling.yarn_{key} is {value:g}; only {usual:g} is supported")
+    if log_multiplier and not spec.mla:
+        raise UnsupportedModelError(
+            "rope.scaling.yarn_log_multiplier is set; it is supported for latent attention only"
+        )
     if log_multiplier == 0.0:
         temperature *= gain
         if yarn and factor > 1.0:
