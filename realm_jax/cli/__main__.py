@@ -1,0 +1,5 @@
+"""python -m realm_jax.cli"""
+
+from realm_jax.cli import main
+
+main()

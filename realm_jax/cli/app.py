@@ -1,0 +1,105 @@
+"""The command table, and what every command shares: exit codes and one-line errors."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.main import get_command
+
+from realm_jax.cli import inspecting, measuring, models, speaking
+from realm_jax.cli.output import one_line
+from realm_jax.errors import RealmError
+
+app = typer.Typer(
+    name="realm",
+    help="Runs language models in GGUF files, compiled by JAX.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("generate")(speaking.generate)
+app.command("chat")(speaking.chat)
+app.command("inspect")(inspecting.inspect)
+app.command("tokenize")(inspecting.tokenize)
+app.command("perplexity")(measuring.perplexity)
+app.command("bench")(measuring.bench)
+app.add_typer(models.app, name="models")
+
+# The parser's own errors. Typer has them from click, or carries click inside: only this class is public in both.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("realm-jax"))
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code. Prints at most one line to stderr, and never a traceback
+    (REALM_DEBUG=1 raises instead)."""
+    if hasattr(sys.stdout, "reconfigure"):  # not when a test has put something simpler in its place
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+    try:
+        # Not through the command's own main(): that prints several lines and ends the process itself.
+        command = get_command(app)
+        with command.make_context("realm", list(arguments)) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+        return 0
+    except typer.Exit as end:
+        return end.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _finish_line()
+        return 130
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit; there is nobody left to read it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if os.environ.get("REALM_DEBUG") == "1":
+            raise
+        message, code = _explain(error)
+        _finish_line()
+        print(f"error: {one_line(message)}", file=sys.stderr)
+        return code
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """The one line to print for an error, and the exit code."""
+    if isinstance(error, RealmError):
+        return str(error), 2
+    if isinstance(error, _UsageError):
+        usage: Any = error
+        hint = f" ({usage.ctx.command_path} --help shows what is)" if usage.ctx is not None else ""
+        return usage.format_message().rstrip(".") + hint, 2
+    if isinstance(error, MemoryError):
+        return "out of memory: a smaller model, context length or batch needs less", 2
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror or error}", 2
+    return f"internal error, please report it (REALM_DEBUG=1 shows where): {type(error).__name__}: {error}", 1
+
+
+def _finish_line() -> None:
+    """Keep what was streamed so far, and start the next line of a terminal."""
+    try:
+        if sys.stdout.isatty():
+            print()
+        sys.stdout.flush()
+    except OSError:  # the reader is gone as well: the error that brought us here matters more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,205 @@
+"""realm generate and realm chat: text from a model."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from realm_jax.cli import options
+from realm_jax.cli.options import given
+from realm_jax.cli.output import one_line, read_text, write_json, write_text
+from realm_jax.cli.progress import progress_bars
+from realm_jax.errors import InvalidRequestError, RealmError
+
+if TYPE_CHECKING:
+    from realm_jax import LLM
+    from realm_jax.results import Piece
+
+
+def generate(
+    model: options.Model = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help='The prompt; "-" reads the standard input.')
+    ] = None,
+    file: Annotated[str | None, typer.Option("--file", "-f", help="Read the prompt from this file.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt as a question, in the model's chat format.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system message.")] = None,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    seed: options.Seed = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    typical_p: options.TypicalP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    stop: options.Stop = None,
+    stop_token_id: options.StopTokenId = None,
+    ignore_eos: options.IgnoreEos = None,
+    n: Annotated[int | None, typer.Option("--n", help="Answers to the prompt (with --json).")] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="Report this many likely tokens per position (with --json).")
+    ] = None,
+    context_length: options.ContextLength = None,
+    backend: options.Backend = None,
+    json: options.Json = False,
+) -> None:
+    """Continue a prompt, printing the text as it comes."""
+    from realm_jax.sampling_params import SamplingParams
+
+    params = SamplingParams(
+        **given(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            typical_p=typical_p,
+            repetition_penalty=repetition_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+            stop=stop,
+            stop_token_ids=stop_token_id,
+            ignore_eos=ignore_eos,
+            n=n,
+            logprobs=logprobs,
+        )
+    )
+    if not json and (params.n > 1 or params.logprobs is not None):
+        raise InvalidRequestError("--n above 1 and --logprobs are reported with --json only")
+    if system is not None and not chat:
+        raise InvalidRequestError("--system needs --chat")
+    text = _prompt(prompt, file)
+    with _loaded(model, context_length=context_length, backend=backend) as llm:
+        if chat:
+            messages = [{"role": "system", "content": system}] if system is not None else []
+            messages.append({"role": "user", "content": text})
+            if json:
+                write_json(llm.chat(messages, params))
+            else:
+                _write_stream(llm.chat(messages, params, stream=True))
+        elif json:
+            write_json(llm.generate(text, params))
+        else:
+            _write_stream(llm.stream(text, params))
+
+
+def chat(
+    model: options.Model = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    seed: options.Seed = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    typical_p: options.TypicalP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    stop: options.Stop = None,
+    context_length: options.ContextLength = None,
+    backend: options.Backend = None,
+) -> None:
+    """Talk with a model: a line is a turn; /clear forgets the conversation, /exit or Ctrl-D ends it."""
+    from realm_jax.sampling_params import SamplingParams
+
+    params = SamplingParams(
+        **given(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            typical_p=typical_p,
+            repetition_penalty=repetition_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+            stop=stop,
+        )
+    )
+    opening = [{"role": "system", "content": system}] if system is not None else []
+    with _loaded(model, context_length=context_length, backend=backend) as llm:
+        messages = list(opening)
+        for line in _lines():
+            if line == "/exit":
+                break
+            if line == "/clear":
+                messages = list(opening)
+                continue
+            messages.append({"role": "user", "content": line})
+            try:
+                answer = _write_stream(llm.chat(messages, params, stream=True))
+            except KeyboardInterrupt:  # ends this answer, not the conversation; the unfinished turn is forgotten
+                messages.pop()
+                print()
+            except RealmError as error:
+                if not sys.stdin.isatty():
+                    raise
+                messages.pop()
+                print(f"error: {one_line(str(error))}", file=sys.stderr)
+            else:
+                messages.append({"role": "assistant", "content": answer})
+
+
+@contextmanager
+def _loaded(model: str | None, **engine: Any) -> "Iterator[LLM]":
+    """The loaded model, fetched first where needed, with progress bars for both."""
+    from realm_jax import registry
+
+    with progress_bars() as progress:
+        path = registry.resolve(model, progress)
+        if progress is not None:
+            progress("starting", 0, 0)
+        from realm_jax import LLM
+
+        llm = LLM(path, progress=progress, **given(**engine))
+    with llm:
+        yield llm
+
+
+def _prompt(prompt: str | None, file: str | None) -> str:
+    if (prompt is None) == (file is None):
+        both = prompt is not None
+        raise InvalidRequestError(
+            "-p and --file are both given; accepted: one of them"
+            if both
+            else "a prompt is needed: -p TEXT, -p - or --file FILE"
+        )
+    if file is not None:
+        return read_text(file)
+    return read_text("-") if prompt == "-" else str(prompt)
+
+
+def _write_stream(pieces: "Iterable[Piece]") -> str:
+    """Print pieces as they come and a line break after the last; returns the whole text."""
+    text = ""
+    for piece in pieces:
+        text += piece.text
+        write_text(piece.text)
+    write_text("\n")
+    return text
+
+
+def _lines() -> Iterator[str]:
+    """The user's turns: from a terminal with a prompt and line editing, else the lines of the standard input."""
+    if not sys.stdin.isatty():
+        yield from (line for line in read_text("-").splitlines() if line.strip())
+        return
+    import readline  # noqa: F401  (line editing for input())
+
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if line:
+            yield line
