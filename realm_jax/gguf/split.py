@@ -36,7 +36,8 @@ def read_split(metadata: Mapping[str, Any], label: str) -> Split | None:
     tensors = _integer(metadata, TENSORS_KEY, (1 << 63) - 1, label)
     if count is None or count <= 1:  # a merged file says 0
         if number:
-            raise GGUFError(f"{label}: metadata key '{NUMBER_KEY}' is {number}, but '{COUNT_KEY}' is {'absent' if count is None else count}")
+            stated = "absent" if count is None else count
+            raise GGUFError(f"{label}: metadata key '{NUMBER_KEY}' is {number}, but '{COUNT_KEY}' is {stated}")
         return None
     if number is None or number >= count:
         raise GGUFError(f"{label}: metadata key '{NUMBER_KEY}' is {number}; 0 to {count - 1} are accepted")
