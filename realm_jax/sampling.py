@@ -1,0 +1,256 @@
+"""Choosing the next token on the device, for a batch of requests at once.
+
+The order in which a request's parameters act:
+
+1. repetition penalty over the tokens of prompt and output; then frequency and presence penalties over the output;
+2. logit bias;
+3. temperature;
+4. top_k, typical_p, top_p, min_p, each on what the one before it left, with probabilities renormalised over that;
+5. a draw by Gumbel-max: argmax of logits plus noise. Temperature 0 takes the argmax of step 2 instead.
+
+Temperature before truncation is the order of Hugging Face transformers and vLLM; the order of the truncations among
+themselves is llama.cpp's. Among tokens of equal logit the lowest id counts as the more likely one, everywhere.
+
+The noise of a request is a counter-based function of (seed, position, token id) and nothing else (Salmon et al., 2011,
+"Parallel random numbers: as easy as 1, 2, 3"), so that a seed gives the same tokens alone, in any batch, in any slot,
+and when a position is computed again. Nothing here mixes rows: each row's result depends on that row alone.
+
+Truncation needs no sort: the smallest best-scored set that reaches a given mass is found by bisecting the bits of the
+scores, which costs a fixed number of passes over the vocabulary.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from realm_jax.sampling_params import MAX_LOGPROBS
+
+# A temperature below this divides logits out of float32's useful range; the draw is the argmax then anyway.
+GREEDY_BELOW = 1e-5
+BAD_LOGITS = -1
+
+
+@flax.struct.dataclass
+class RowParams:
+    """What the sampler needs to know of each row of a batch; arrays of [B] unless noted.
+
+    Attributes:
+      seed: uint32 [B, 2], the 64-bit seed as (high, low) words.
+      position: int32, the index in its sequence of the token to be sampled.
+      temperature, top_p, min_p, typical_p: float32.
+      top_k: int32.
+      repetition, frequency, presence: float32 penalties.
+      slot: int32, the row of History that belongs to this request; out of range for padding.
+    """
+
+    seed: Array | np.ndarray
+    position: Array | np.ndarray
+    temperature: Array | np.ndarray
+    top_k: Array | np.ndarray
+    top_p: Array | np.ndarray
+    min_p: Array | np.ndarray
+    typical_p: Array | np.ndarray
+    repetition: Array | np.ndarray
+    frequency: Array | np.ndarray
+    presence: Array | np.ndarray
+    slot: Array | np.ndarray
+
+
+@flax.struct.dataclass
+class History:
+    """What penalties and bias depend on, kept on the device; one row per slot of the batch.
+
+    Attributes:
+      in_prompt: bool [slots, vocab], tokens that occur in the prompt.
+      count: int32 [slots, vocab], occurrences in the output so far.
+      bias: float32 [slots, vocab].
+    """
+
+    in_prompt: Array
+    count: Array
+    bias: Array
+
+    @classmethod
+    def empty(cls, slots: int, vocab: int) -> "History":
+        shape = (slots, vocab)
+        return cls(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+
+
+@partial(jax.jit, donate_argnums=0)
+def write_history(history: History, slot: Array, in_prompt: Array, count: Array, bias: Array) -> History:
+    """Replaces the row of one slot (int32 scalar) by the given rows of [vocab]."""
+    return History(
+        history.in_prompt.at[slot].set(in_prompt),
+        history.count.at[slot].set(count),
+        history.bias.at[slot].set(bias),
+    )
+
+
+@jax.jit
+def sample_greedy(logits: Array) -> Array:
+    """int32 [B] from float32 [B, vocab]: the most likely token, BAD_LOGITS for a row that is not finite."""
+    return _checked(logits, _argmax(logits))
+
+
+@partial(jax.jit, static_argnames="truncate")
+def sample(logits: Array, rows: RowParams, truncate: bool) -> Array:
+    """int32 [B] from float32 [B, vocab]: one draw per row, BAD_LOGITS for a row that is not finite.
+
+    With `truncate` false, top_k, top_p, min_p and typical_p must be off in every row; the tokens are the same.
+    """
+    return _checked(logits, _draw(logits, rows, truncate))
+
+
+@partial(jax.jit, donate_argnums=2)
+def sample_penalized(logits: Array, rows: RowParams, history: History) -> tuple[Array, History]:
+    """As `sample`, with penalties and bias; counts the sampled tokens in the rows of `history` that were used."""
+    tokens = _checked(logits, _draw(_penalized(logits, rows, history), rows, truncate=True))
+    vocab = logits.shape[-1]
+    counted = jnp.where(tokens == BAD_LOGITS, vocab, tokens)
+    count = history.count.at[rows.slot, counted].add(1, mode="drop")
+    return tokens, History(history.in_prompt, count, history.bias)
+
+
+@jax.jit
+def token_logprobs(logits: Array, tokens: Array) -> tuple[Array, Array, Array]:
+    """Log probabilities under softmax(logits) of the chosen tokens and of the most likely ones.
+
+    Args: logits float32 [B, vocab]; tokens int32 [B].
+    Returns: chosen float32 [B]; ids int32 and values float32 [B, min(20, vocab)], best first.
+    """
+    total = jax.nn.logsumexp(logits, axis=-1)  # [B]
+    chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=-1)[:, 0]
+    values, ids = jax.lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    return chosen - total, ids, values - total[:, None]
+
+
+def _checked(logits: Array, tokens: Array) -> Array:
+    return jnp.where(jnp.all(jnp.isfinite(logits), axis=-1), tokens, BAD_LOGITS)
+
+
+def _argmax(x: Array) -> Array:
+    """int32 [B]: the lowest index of the maximum."""
+    # Two reductions, because XLA:CPU runs the one of jnp.argmax as a scalar loop.
+    index = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(x == jnp.max(x, axis=-1, keepdims=True), index, x.shape[-1] - 1), axis=-1)
+
+
+def _penalized(logits: Array, rows: RowParams, history: History) -> Array:
+    slot = rows.slot
+    in_prompt = history.in_prompt.at[slot].get(mode="clip")  # [B, vocab]
+    count = history.count.at[slot].get(mode="clip")
+    bias = history.bias.at[slot].get(mode="clip")
+    occurred = count > 0
+    repetition = rows.repetition[:, None]
+    scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    x = jnp.where(in_prompt | occurred, scaled, logits)
+    x = x - rows.frequency[:, None] * count - jnp.where(occurred, rows.presence[:, None], 0.0)
+    return x + bias
+
+
+def _draw(x: Array, rows: RowParams, truncate: bool) -> Array:
+    greedy = rows.temperature < GREEDY_BELOW
+    temperature = jnp.where(greedy, 1.0, rows.temperature)[:, None]
+    # From the maximum, so that a small temperature can only underflow: the best tokens stay finite.
+    z = (x - jnp.max(x, axis=-1, keepdims=True)) / temperature
+    noise = gumbel_noise(rows.seed, rows.position, x.shape[-1])
+    scores = jnp.where(truncated(z, rows), z, -jnp.inf) if truncate else z
+    return jnp.where(greedy, _argmax(x), _argmax(scores + noise))
+
+
+def truncated(z: Array, rows: RowParams) -> Array:
+    """bool [B, vocab]: the tokens that top_k, typical_p, top_p and min_p leave, given logits after temperature."""
+    everything = jnp.ones(z.shape, bool)
+
+    def where_used(used: Array, kept: Callable[[], Array]) -> Array:
+        # A truncation that no row uses is skipped on the device: each costs some fifty passes over the vocabulary.
+        return jax.lax.cond(jnp.any(used), lambda: ~used[:, None] | kept(), lambda: everything)
+
+    kept = where_used(rows.top_k > 0, lambda: _best(z, jnp.ones_like(z), rows.top_k.astype(jnp.float32)))
+
+    def typical() -> Array:
+        weight = jnp.where(kept, jnp.exp(z), 0.0)  # unnormalised probabilities
+        total = jnp.sum(weight, axis=-1, keepdims=True)
+        surprise = jnp.log(total) - z
+        entropy = jnp.sum(weight * jnp.where(kept, surprise, 0.0), axis=-1, keepdims=True) / total
+        nearness = jnp.where(kept, -jnp.abs(surprise - entropy), -jnp.inf)
+        return _best(nearness, weight, rows.typical_p * total[:, 0])
+
+    kept &= where_used(rows.typical_p < 1.0, typical)
+
+    def nucleus() -> Array:
+        weight = jnp.where(kept, jnp.exp(z), 0.0)
+        return _best(jnp.where(kept, z, -jnp.inf), weight, rows.top_p * jnp.sum(weight, axis=-1))
+
+    kept &= where_used(rows.top_p < 1.0, nucleus)
+
+    best = jnp.max(jnp.where(kept, z, -jnp.inf), axis=-1, keepdims=True)
+    return kept & (z >= best + jnp.log(rows.min_p)[:, None])
+
+
+def _best(score: Array, mass: Array, target: Array) -> Array:
+    """bool [B, V]: the smallest set of best-scored entries whose mass reaches target; equal scores: lowest index first.
+
+    score float32 [B, V] (not NaN), mass float32 >= 0 [B, V], target float32 [B]. All of them, if the target is not
+    reached.
+    """
+    vocab = score.shape[-1]
+    key = _ordered_bits(score)
+    threshold = _bisect(key, mass, target, bits=32)[:, None]
+    above, tied = key > threshold, key == threshold
+    missing = target - jnp.sum(jnp.where(above, mass, 0.0), axis=-1)
+    index_key = jnp.arange(vocab, 0, -1, dtype=jnp.uint32)[None]  # lower index, larger key; never 0
+    first = _bisect(jnp.where(tied, index_key, 0), mass, missing, bits=vocab.bit_length())[:, None]
+    return above | (tied & (index_key >= first))
+
+
+def _bisect(key: Array, mass: Array, target: Array, bits: int) -> Array:
+    """uint32 [B]: the largest threshold for which the mass of the entries with key >= threshold reaches target."""
+
+    def set_bit(i: Array, threshold: Array) -> Array:
+        candidate = threshold | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
+        reached = jnp.sum(jnp.where(key >= candidate[:, None], mass, 0.0), axis=-1) >= target
+        return jnp.where(reached, candidate, threshold)
+
+    return jax.lax.fori_loop(0, bits, set_bit, jnp.zeros(key.shape[0], jnp.uint32))
+
+
+def _ordered_bits(x: Array) -> Array:
+    """uint32 keys in the order of the float32 values; the two zeros are equal."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def gumbel_noise(seed: Array, position: Array, vocab: int) -> Array:
+    """Standard Gumbel noise float32 [B, vocab] that depends on (seed, position, token id) alone.
+
+    seed uint32 [B, 2], position int32 [B]. Threefry2x32 with 20 rounds, keyed by the seed, counts (position, token id);
+    each block gives the noise of two tokens. 32 bits resolve the upper tail, where the draw is decided, up to 22.9.
+    """
+    half = (vocab + 1) // 2
+    counter = jnp.arange(half, dtype=jnp.uint32)[None]
+    position = position.astype(jnp.uint32)[:, None]
+    low, high = threefry2x32(seed[:, :1], seed[:, 1:], position, counter)
+    bits = jnp.concatenate([low, high], axis=-1)[:, :vocab]
+    tail = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)  # uniform in (0, 1)
+    # A barrier: were the logarithms fused into different programs, they could differ in the last bit between them.
+    return jax.lax.optimization_barrier(-jnp.log(-jnp.log1p(-tail)))
+
+
+def threefry2x32(key0: Array, key1: Array, x0: Array, x1: Array) -> tuple[Array, Array]:
+    """The Threefry2x32 block function with 20 rounds (Salmon et al., 2011); uint32 arrays that broadcast together."""
+    keys = (key0, key1, key0 ^ key1 ^ jnp.uint32(0x1BD11BDA))
+    rotations = ((13, 15, 26, 6), (17, 29, 16, 24))
+    x0, x1 = x0 + key0, x1 + key1
+    for group in range(5):
+        for r in rotations[group % 2]:
+            x0 = x0 + x1
+            x1 = ((x1 << r) | (x1 >> (32 - r))) ^ x0
+        x0 = x0 + keys[(group + 1) % 3]
+        x1 = x1 + keys[(group + 2) % 3] + jnp.uint32(group + 1)
+    return x0, x1
