@@ -29,7 +29,12 @@ else:
 
 realm_find_python() {
     seen=""
-    for candidate in ${REALM_PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
+    if [ -n "${REALM_PYTHON:-}" ]; then
+        set -- "$REALM_PYTHON"
+    else
+        set -- python3 python3.13 python3.12 python3.11 python
+    fi
+    for candidate in "$@"; do
         path=$(command -v "$candidate" 2>/dev/null) || continue
         problem=$(realm_python_problem "$path")
         if [ -z "$problem" ]; then
