@@ -1,9 +1,9 @@
 """SentencePiece's precompiled character map: replacements of character sequences, held in a compact double array.
 
 Layout: a little-endian uint32 with the byte length of the array, the array of uint32 nodes, then NUL-terminated UTF-8
-replacements. A node packs BASE in bits 10 to 30 (shifted by 8 more if bit 9 is set), LEAF in bit 8 and the label in bits 0
-to 7; a leaf's BASE leads to a node with bit 31 set that holds the replacement's offset (Kanda, "Space- and Time-Efficient
-String Dictionaries", 2018). All of it is untrusted: every index is checked.
+replacements. A node packs BASE in bits 10 to 30 (shifted by 8 more if bit 9 is set), LEAF in bit 8 and the label in
+bits 0 to 7; a leaf's BASE leads to a node with bit 31 set that holds the replacement's offset (Kanda, "Space- and
+Time-Efficient String Dictionaries", 2018). All of it is untrusted: every index is checked.
 """
 
 import re
@@ -128,7 +128,7 @@ class Charsmap:
         end = self._replacements.find(b"\0", offset)
         if offset >= len(self._replacements) or end < 0:
             raise TokenizerError(
-                f"tokenizer.ggml.precompiled_charsmap: no replacement at offset {offset} of {len(self._replacements)} bytes"
+                f"tokenizer.ggml.precompiled_charsmap: no replacement at byte {offset} of {len(self._replacements)}"
             )
         return length, self._replacements[offset:end]
 

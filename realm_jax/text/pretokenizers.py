@@ -1,8 +1,8 @@
 """The pre-tokenizers a byte-level BPE file can name in `tokenizer.ggml.pre`.
 
 A pre-tokenizer cuts text into words before merges are applied. Each is a list of steps, and every step cuts the pieces
-the one before it left; what a step's expression does not match stays as a piece of its own. The expressions are those of
-the models' own tokenizers in the form llama.cpp runs them, whose results are the reference: expressions with Unicode
+the one before it left; what a step's expression does not match stays as a piece of its own. The expressions are those
+of the models' own tokenizers in the form llama.cpp runs them, whose results are the reference: expressions with Unicode
 categories see a *collapsed* text, in which every character beyond ASCII is replaced by one that stands for its category
 (so upper and lower case differ for ASCII letters only), and the others see the text itself with all Unicode white space
 turned into vertical tabs. Both keep one character per character, so positions carry over.
@@ -138,7 +138,7 @@ def _digits_from_the_right(text: str, bounds: list[int]) -> list[int]:
 
 
 def _before_digit_triples(text: str, bounds: list[int]) -> list[int]:
-    """Cut where the ASCII digits that follow, up to the end of their run, are a multiple of three: (?=(\\d{3})+(?!\\d))."""
+    """Cut where a multiple of three ASCII digits follows, up to the end of their run: (?=(\\d{3})+(?!\\d))."""
     fine = [0]
     for start, end in pairwise(bounds):
         for match in _ASCII_DIGIT_RUN.finditer(text, start, end):
@@ -336,8 +336,8 @@ class PreTokenizer:
 
     ignore_merges: a word that is a token as a whole is taken without merging. byte_encode: words are mapped to GPT-2's
     printable stand-ins for bytes; otherwise tokens hold plain UTF-8 and unknown characters become `<0xXX>` tokens.
-    add_bos, add_sep: the defaults where the file does not say. clean_spaces: llama.cpp's detokenizer drops spaces before
-    punctuation. escape_whitespaces: spaces become U+2581 first. newline_runs: a run of line feeds that is a token is
+    add_bos, add_sep: the defaults where the file does not say. clean_spaces: llama.cpp's detokenizer drops spaces
+    before punctuation. escape_whitespaces: spaces become U+2581 first. newline_runs: a run of line feeds that is a token is
     taken as a whole."""
 
     name: str

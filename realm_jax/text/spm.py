@@ -38,7 +38,7 @@ class SentencePieceEncoder:
     def _merge(self, word: str) -> list[int]:
         get, cost = self.ids.get, self._cost
         size = len(word)
-        # Symbol i is word[i:end[i]]; before[i] and end[i] link the symbols that are left, end[i] == 0 marks a merged one.
+        # Symbol i is word[i:end[i]], and 0 marks one merged away; before[i] is the start of the symbol before it.
         end = list(range(1, size + 1))
         before = list(range(-1, size))
         # A pair is (cost, start of its left symbol, end of its right symbol); its text has that extent, and a pair is
