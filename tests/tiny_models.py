@@ -149,6 +149,8 @@ def _attention(
     blk = f"blk.{layer}."
     if fused:
         spec.tensors[blk + "attn_qkv.weight"] = TensorSpec((sum(sizes.values()), width), "linear", gain)
+        if bias:
+            spec.tensors[blk + "attn_qkv.bias"] = TensorSpec((sum(sizes.values()),), "bias", 0.3)
     else:
         for name, size in sizes.items():
             spec.tensors[f"{blk}attn_{name}.weight"] = TensorSpec((size, width), "linear", gain)
@@ -205,6 +207,7 @@ def _llama(
     hidden: int = 96,
     experts: int = 0,
     bias: str = "",
+    fused: bool = False,
     ffn_bias: bool = False,
     tied: bool = False,
     qk_norm: bool = False,
@@ -228,7 +231,7 @@ def _llama(
     _embeddings(spec, width, tied=tied)
     for layer in range(layers):
         _norms(spec, layer, width, "attn_norm", "ffn_norm")
-        _attention(spec, layer, width, heads, kv_heads, dim, bias=bias)
+        _attention(spec, layer, width, heads, kv_heads, dim, bias=bias, fused=fused)
         if qk_norm:
             _norms(spec, layer, dim, "attn_q_norm", "attn_k_norm")
         if experts:
@@ -246,19 +249,26 @@ def _with(spec: ModelSpec, **tensors: tuple[float, ...]) -> ModelSpec:
     return spec
 
 
-def _qwen2moe() -> ModelSpec:
+def _qwen2moe(*, width: int = 64, hidden: int = 32, shared: int = 80) -> ModelSpec:
     spec = _llama(
-        "qwen2moe", experts=6, bias="qkv", expert_feed_forward_length=32, expert_shared_feed_forward_length=80
+        "qwen2moe",
+        width=width,
+        experts=6,
+        bias="qkv",
+        expert_feed_forward_length=hidden,
+        expert_shared_feed_forward_length=shared,
     )
     for layer in range(3):
-        _ffn(spec, layer, 64, 80, suffix="_shexp")
-        spec.tensors[f"blk.{layer}.ffn_gate_inp_shexp.weight"] = TensorSpec((64,), "bias", 0.2)
+        _ffn(spec, layer, width, shared, suffix="_shexp")
+        spec.tensors[f"blk.{layer}.ffn_gate_inp_shexp.weight"] = TensorSpec((width,), "bias", 1.6 / width**0.5)
     return spec
 
 
-def _gemma(arch: str, layers: int, *, qk_norm: bool, **keys: object) -> ModelSpec:
+def _gemma(
+    arch: str, layers: int, *, qk_norm: bool, width: int = 64, dim: int = 24, hidden: int = 96, **keys: object
+) -> ModelSpec:
     """Norms on both sides of attention and feed-forward; head size apart from width / heads."""
-    width, heads, kv_heads, dim, hidden = 64, 4, 2, 24, 96
+    heads, kv_heads = 4, 2
     spec = _spec(
         arch,
         layers=layers,
@@ -282,8 +292,8 @@ def _gemma(arch: str, layers: int, *, qk_norm: bool, **keys: object) -> ModelSpe
     return spec
 
 
-def _phi3(*, context: int = 512, rotated: int = 16, **keys: object) -> ModelSpec:
-    width, heads, kv_heads, hidden, layers = 64, 4, 2, 96, 3
+def _phi3(*, context: int = 512, width: int = 64, rotated: int = 16, hidden: int = 96, **keys: object) -> ModelSpec:
+    heads, kv_heads, layers = 4, 2, 3
     spec = _spec(
         "phi3",
         layers=layers,
@@ -312,12 +322,16 @@ def _longrope(context: int, original: int) -> ModelSpec:
         rope__scaling__original_context_length=original,
         rope__scaling__attn_factor=1.19,
     )
+    return _with_longrope_factors(spec)
+
+
+def _with_longrope_factors(spec: ModelSpec) -> ModelSpec:
     short = tuple(1.0 + 0.05 * j for j in range(8))
     return _with(spec, rope_factors_long=tuple(1.5 + 0.9 * j for j in range(8)), rope_factors_short=short)
 
 
-def _olmo2(**keys: object) -> ModelSpec:
-    width, heads, kv_heads, hidden, layers = 64, 4, 2, 96, 5
+def _olmo2(*, width: int = 64, hidden: int = 96, **keys: object) -> ModelSpec:
+    heads, kv_heads, layers = 4, 2, 5
     spec = _spec(
         "olmo2",
         layers=layers,
@@ -337,19 +351,23 @@ def _olmo2(**keys: object) -> ModelSpec:
     return spec
 
 
-def _granite(arch: str = "granite", *, experts: int = 0, shared: int = 0, **keys: object) -> ModelSpec:
+def _granite(
+    arch: str = "granite", *, width: int = 64, hidden: int = 96, experts: int = 0, shared: int = 0, **keys: object
+) -> ModelSpec:
     keys = {"embedding_scale": 3.0, "residual_scale": 0.6, "logit_scale": 1.7, "attention__scale": 0.4} | keys
     if shared:
         keys["expert_shared_feed_forward_length"] = shared
-    spec = _llama(arch, tied=True, experts=experts, **keys)
+    spec = _llama(arch, tied=True, width=width, hidden=hidden, experts=experts, **keys)
     if shared:
         for layer in range(3):
-            _ffn(spec, layer, 64, shared, suffix="_shexp")
+            _ffn(spec, layer, width, shared, suffix="_shexp")
     return spec
 
 
-def _gpt_oss(*, expert_type: str | None = None, **keys: object) -> ModelSpec:
-    width, heads, kv_heads, dim, hidden, experts, layers = 64, 4, 2, 24, 96, 6, 4
+def _gpt_oss(
+    *, width: int = 64, dim: int = 24, hidden: int = 96, expert_type: str | None = None, **keys: object
+) -> ModelSpec:
+    heads, kv_heads, experts, layers = 4, 2, 6, 4
     spec = _spec(
         "gpt-oss",
         layers=layers,
@@ -377,14 +395,23 @@ def _gpt_oss(*, expert_type: str | None = None, **keys: object) -> ModelSpec:
 
 
 def _deepseek2(
-    *, q_rank: int | None, legacy: bool = False, groups: bool = False, sigmoid: bool = False, **keys: object
+    *,
+    q_rank: int | None,
+    width: int = 64,
+    kv_rank: int = 32,
+    value_dim: int = 20,
+    hidden: int = 32,
+    legacy: bool = False,
+    groups: bool = False,
+    sigmoid: bool = False,
+    **keys: object,
 ) -> ModelSpec:
     """MLA, one dense layer, then experts with shared ones. Without q_rank llama.cpp wants a "lite" depth: 26 layers."""
     layers = 3 if q_rank else 26
-    width, heads, kv_rank, nope, rotated, dv, hidden, experts = 64, 4, 32, 16, 8, 20, 32, 8
+    heads, nope, rotated, dv, experts, dense_hidden = 4, 16, 8, value_dim, 8, 3 * hidden
     head = nope + rotated
     keys |= {
-        "feed_forward_length": 96,
+        "feed_forward_length": dense_hidden,
         "leading_dense_block_count": 1,
         "attention__head_count": heads,
         "attention__head_count_kv": heads if legacy else 1,
@@ -426,7 +453,7 @@ def _deepseek2(
         for name, shape in linear.items():
             spec.tensors[f"{blk}{name}.weight"] = TensorSpec(shape, "linear", 1.2)
         if layer == 0:
-            _ffn(spec, layer, width, 96)
+            _ffn(spec, layer, width, dense_hidden)
         else:
             _experts(spec, layer, width, hidden, experts)
             _ffn(spec, layer, width, 2 * hidden, suffix="_shexp")
@@ -444,6 +471,12 @@ def _scaling(kind: str, factor: float, original: int) -> dict[str, object]:
 
 
 _YARN = _scaling("yarn", 8.0, 64)
+_GEMMA2_KEYS: dict[str, object] = {
+    "attention__sliding_window": WINDOW,
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 4.0,
+}
+_GEMMA3_KEYS = {"attention__sliding_window": WINDOW, "rope__freq_base": 1000000.0, **_scaling("linear", 8.0, 64)}
 _LLAMA3_FACTORS = (1.0, 1.0, 1.3, 2.0, 4.5, 8.0, 8.0, 8.0)
 
 CASES: Mapping[str, Callable[[], ModelSpec]] = {
@@ -452,10 +485,16 @@ CASES: Mapping[str, Callable[[], ModelSpec]] = {
     "llama-tied": lambda: _llama(tied=True),
     "llama-bias": lambda: _llama(bias="qkvo", ffn_bias=True),
     "llama-head-dim": lambda: _llama(head_dim=24),
+    "llama-fused-qkv": lambda: _llama(bias="qkvo", fused=True),
     "llama-rope-freqs": lambda: _with(_llama(), rope_freqs=_LLAMA3_FACTORS),
     "llama-linear": lambda: _llama(**_scaling("linear", 4.0, 128)),
     "llama-yarn": lambda: _llama(**_YARN),
     "llama-yarn-attn-factor": lambda: _llama(**_YARN, rope__scaling__attn_factor=0.8),
+    "llama-longrope": lambda: _with_longrope_factors(
+        _llama(
+            rope__scaling__type="longrope", rope__scaling__original_context_length=64, rope__scaling__attn_factor=1.19
+        )
+    ),
     "llama-moe": lambda: _llama(experts=5),
     "qwen2": lambda: _llama("qwen2", bias="qkv"),
     "qwen2-tied": lambda: _llama("qwen2", bias="qkv", tied=True),
@@ -463,21 +502,18 @@ CASES: Mapping[str, Callable[[], ModelSpec]] = {
     "qwen3": lambda: _llama("qwen3", head_dim=24, qk_norm=True),
     "qwen3-tied": lambda: _llama("qwen3", head_dim=24, qk_norm=True, tied=True),
     "qwen3moe": lambda: _llama("qwen3moe", head_dim=24, qk_norm=True, experts=6, expert_feed_forward_length=32),
-    "gemma2": lambda: _gemma(
-        "gemma2",
-        4,
-        qk_norm=False,
-        attention__sliding_window=WINDOW,
-        attn_logit_softcapping=5.0,
-        final_logit_softcapping=4.0,
-    ),
-    "gemma3": lambda: _gemma(
+    "gemma2": lambda: _gemma("gemma2", 4, qk_norm=False, **_GEMMA2_KEYS),
+    "gemma2-defaults": lambda: _gemma("gemma2", 4, qk_norm=False),
+    "gemma3": lambda: _gemma("gemma3", 8, qk_norm=True, **_GEMMA3_KEYS),
+    "gemma3-pattern-softcap": lambda: _gemma(
         "gemma3",
-        8,
+        5,
         qk_norm=True,
         attention__sliding_window=WINDOW,
+        attention__sliding_window_pattern=[True, False, False, True, True],
         rope__freq_base=1000000.0,
-        **_scaling("linear", 8.0, 64),
+        rope__freq_base_swa=30000.0,
+        final_logit_softcapping=4.0,
     ),
     "gemma3-no-window": lambda: _gemma("gemma3", 3, qk_norm=True, rope__freq_base=10000.0),
     "phi3": lambda: _phi3(),
@@ -502,9 +538,9 @@ CASES: Mapping[str, Callable[[], ModelSpec]] = {
 # Quantized variants
 
 
-def _wide_llama(experts: int = 0) -> ModelSpec:
+def _wide_llama() -> ModelSpec:
     """Rows of 256 and 512 elements, as the K-quants need, and six layers: room for a period of layer signatures."""
-    return _llama(layers=6, width=256, heads=4, kv_heads=2, hidden=512, experts=experts)
+    return _llama(layers=6, width=256, hidden=512)
 
 
 def _q4_k_m(name: str) -> str:
@@ -534,10 +570,37 @@ QUANTIZED_TYPES = (
     *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
 )
 
+# One model of each architecture with rows of 256 elements or more, so that every type can hold its matrices.
+WIDE: Mapping[str, Callable[[], ModelSpec]] = {
+    "llama": _wide_llama,
+    "llama-moe": lambda: _llama(width=256, hidden=256, experts=4),
+    "qwen2": lambda: _llama("qwen2", width=256, hidden=256, bias="qkv"),
+    "qwen2moe": lambda: _qwen2moe(width=256, hidden=256, shared=256),
+    "qwen3": lambda: _llama("qwen3", width=256, hidden=256, head_dim=128, qk_norm=True, tied=True),
+    "qwen3moe": lambda: _llama(
+        "qwen3moe", width=256, head_dim=64, qk_norm=True, experts=4, expert_feed_forward_length=256
+    ),
+    "gemma2": lambda: _gemma("gemma2", 4, qk_norm=False, width=256, dim=64, hidden=256, **_GEMMA2_KEYS),
+    "gemma3": lambda: _gemma("gemma3", 8, qk_norm=True, width=256, dim=64, hidden=256, **_GEMMA3_KEYS),
+    "phi3": lambda: _phi3(width=256, rotated=48, hidden=256),
+    "smollm3": lambda: _llama("smollm3", layers=5, width=256, hidden=256, tied=True),
+    "olmo2": lambda: _olmo2(width=256, hidden=256, attention__sliding_window=WINDOW),
+    "granite": lambda: _granite(width=256, hidden=256),
+    "granitemoe": lambda: _granite("granitemoe", width=256, hidden=256, experts=4, shared=256),
+    "gpt-oss": lambda: _gpt_oss(width=256, dim=64, hidden=256),
+    "deepseek2": lambda: _deepseek2(
+        q_rank=256, width=256, kv_rank=256, value_dim=64, hidden=256, sigmoid=True, groups=True
+    ),
+}
+
 QUANTIZED_CASES: Mapping[str, QuantizedCase] = {
     **{f"llama-{t}": QuantizedCase(_wide_llama, _all(t)) for t in QUANTIZED_TYPES},
+    **{
+        f"{architecture}-{t}": QuantizedCase(build, _all(t))
+        for architecture, build in WIDE.items()
+        for t in ("Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "IQ3_S")
+    },
     "llama-Q4_K_M": QuantizedCase(_wide_llama, _q4_k_m),
-    "llama-moe-Q4_K": QuantizedCase(lambda: _wide_llama(experts=4), _all("Q4_K")),
     "gpt-oss-MXFP4": QuantizedCase(lambda: _gpt_oss(expert_type="MXFP4"), _all("F32")),
 }
 
@@ -606,6 +669,8 @@ def random_blocks(name: str, shape: tuple[int, ...], std: float, bits: "RandomBi
             three = (blocks[:, :64] >> shift) & 3 == 3
             blocks[:, :64] = np.where(three, blocks[:, :64] & ~np.uint8(2 << shift), blocks[:, :64])
     spread = 2.0 ** (np.floor(3 * bits.uniform(count)) - 1)  # blocks differ in scale by 1/2, 1, 2
+    if name in _SCALES:  # and in sign, which keeps values centred where a type's codes are not
+        spread *= np.where(bits.uniform(count) < 0.5, -1.0, 1.0)
     _set_scales(name, blocks, spread.astype(np.float32) / 16)
     measured = float(gguf.quants.dequantize(blocks.reshape(-1), ggml_type).std())
     _set_scales(name, blocks, (spread * (std / measured) / 16).astype(np.float32))
@@ -675,6 +740,8 @@ def write_spec(
     for name, tensor in spec.tensors.items():
         bits = RandomBits(seed, f"{label}/{name}")
         ggml_type = tensor.ggml_type or (type_of(name) if tensor.quantizable else "F32")
+        if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[GGMLQuantizationType[ggml_type]][0]:
+            ggml_type = "F16"  # quantizers leave such rows wider, too
         if ggml_type in ("F32", "F16", "BF16"):
             values = _values(tensor, bits)
             data = values if ggml_type == "F32" else gguf.quants.quantize(values, GGMLQuantizationType[ggml_type])
