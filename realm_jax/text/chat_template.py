@@ -27,9 +27,9 @@ class ChatTemplate:
     """A Jinja2 chat template as Hugging Face's `apply_chat_template` runs it, with bounds on time, memory and size.
 
     source: the template. bos, eos: the texts of those tokens, "" where there are none. time_limit: seconds for one
-    rendering; max_output: characters of its result. Rendering happens in a process of its own that starts with the first
-    one and is kept for the next; `close` ends it, as does the end of the object or of the program. Safe to use from
-    several threads. Raises ChatTemplateError for a source that is empty or too long."""
+    rendering; max_output: characters of its result. Rendering happens in a process of its own that starts with the
+    first one and is kept for the next; `close` ends it, as does the end of the object or of the program. Safe to use
+    from several threads. Raises ChatTemplateError for a source that is empty or too long."""
 
     def __init__(
         self, source: str, bos: str = "", eos: str = "", *, time_limit: float = TIME_LIMIT, max_output: int = MAX_OUTPUT

@@ -337,8 +337,8 @@ class PreTokenizer:
     ignore_merges: a word that is a token as a whole is taken without merging. byte_encode: words are mapped to GPT-2's
     printable stand-ins for bytes; otherwise tokens hold plain UTF-8 and unknown characters become `<0xXX>` tokens.
     add_bos, add_sep: the defaults where the file does not say. clean_spaces: llama.cpp's detokenizer drops spaces
-    before punctuation. escape_whitespaces: spaces become U+2581 first. newline_runs: a run of line feeds that is a token is
-    taken as a whole."""
+    before punctuation. escape_whitespaces: spaces become U+2581 first. newline_runs: a run of line feeds that is a
+    token is taken as a whole."""
 
     name: str
     stages: tuple[_Stage, ...]

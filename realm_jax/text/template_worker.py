@@ -1,8 +1,8 @@
 """The process that renders chat templates: `python -I -S template_worker.py DIRECTORY...`.
 
 Templates come with model files and are untrusted. The sandbox keeps them from Python's internals, but nothing inside a
-process can interrupt one long operation of the interpreter ({{ 'x' * 10**10 }}, a list doubled forty times and printed),
-so they run here, where the parent can kill them and memory is limited. The directories hold jinja2 and markupsafe;
+process can interrupt one long operation of the interpreter (a string of 10**10 characters, a list doubled forty times
+and printed), so they run here, where the parent can kill them and memory is limited. The directories hold jinja2 and markupsafe;
 nothing else of Realm is imported, so that the process starts fast.
 
 Frames on stdin and stdout: a little-endian uint32 length and that many bytes of JSON. The first frame says that the
@@ -13,13 +13,13 @@ import datetime
 import json
 import struct
 import sys
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 MEMORY_LIMIT = 1 << 30  # bytes of address space
 _CACHED_TEMPLATES = 16
 
 
-def read_frame(stream: BinaryIO) -> Any:
+def read_frame(stream: IO[bytes]) -> Any:
     """The next frame's value, None at the end of the stream."""
     head = stream.read(4)
     if len(head) < 4:
@@ -29,7 +29,7 @@ def read_frame(stream: BinaryIO) -> Any:
     return json.loads(body) if len(body) == size else None
 
 
-def write_frame(stream: BinaryIO, value: Any) -> None:
+def write_frame(stream: IO[bytes], value: Any) -> None:
     """Write one frame; UnicodeEncodeError for lone surrogates, TypeError or ValueError for what JSON cannot hold."""
     body = json.dumps(value, ensure_ascii=False).encode()
     stream.write(struct.pack("<I", len(body)) + body)

@@ -66,8 +66,8 @@ class Tokenizer:
 
         add_special: add the tokens the model expects around a text (BOS, EOS, or CLS and SEP), as the file says.
         parse_special: turn the texts of control tokens (such as `<|im_start|>`) into those tokens; leave it off for
-        text from users. User-defined tokens are matched either way. Raises InvalidRequestError for a text that is not valid
-        Unicode."""
+        text from users. User-defined tokens are matched either way. Raises InvalidRequestError for a text that is
+        not valid Unicode."""
         _check_text(text)
         vocabulary = self._vocabulary
         out: list[int] = []

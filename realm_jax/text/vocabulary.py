@@ -292,7 +292,7 @@ def _read_attrs(reader: _Reader, tokens: Sequence[str]) -> list[int]:
         return [int(TokenAttr.NORMAL)] * len(tokens)
     known = np.where((types >= 0) & (types < len(_TOKEN_TYPES)), types, 0).astype(np.int64)
     attrs = np.array([int(attr) for attr in _TOKEN_TYPES])[known]
-    for i in np.flatnonzero(attrs == TokenAttr.BYTE):
+    for i in np.flatnonzero(attrs == TokenAttr.BYTE).tolist():
         if not _BYTE_TOKEN.fullmatch(tokens[i]):
             raise TokenizerError(
                 f"tokenizer.ggml.tokens[{i}]: {_brief(tokens[i])} is marked as a byte; <0x00> to <0xFF> are accepted"
