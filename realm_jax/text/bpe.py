@@ -1,10 +1,13 @@
 """Byte-pair encoding with the merges of the file."""
 
+import re
+
 from tokenizers import models
 
 from .unicode_classes import WHITESPACE, simple_lower
 from .vocabulary import Vocabulary
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
 _CACHED_WORDS = 1 << 16
 _CACHED_LENGTH = 64
 
@@ -36,8 +39,8 @@ class BytePairEncoder:
         # A merge listed twice keeps its first rank. Tokens that are not valid UTF-8 cannot take part in merges.
         merges = list(dict.fromkeys(vocabulary.merges))
         vocab = vocabulary.ids
-        if any(_has_surrogates(token) for token in vocab):
-            vocab = {token: id for token, id in vocab.items() if not _has_surrogates(token)}
+        if _SURROGATES.search("".join(vocab)):
+            vocab = {token: id for token, id in vocab.items() if not _SURROGATES.search(token)}
         self._model = models.BPE(vocab=vocab, merges=merges)
         self._cache: dict[str, list[int]] = {}
 
@@ -99,7 +102,3 @@ class BytePairEncoder:
         else:
             texts = [f"<0x{byte:02X}>" for byte in char.encode()]
         return [self.ids[text] for text in texts if text in self.ids]
-
-
-def _has_surrogates(text: str) -> bool:
-    return not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text)

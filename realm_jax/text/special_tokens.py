@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from .vocabulary import TokenAttr, Vocabulary
 
 _C_SPACES = " \t\n\x0b\x0c\r"
@@ -16,10 +18,10 @@ class SpecialTokenSplitter:
     User-defined tokens are always matched, control and unknown tokens only where the caller asks for it."""
 
     def __init__(self, vocabulary: Vocabulary):
-        matched = TokenAttr.CONTROL | TokenAttr.USER_DEFINED | TokenAttr.UNKNOWN
-        hidden = TokenAttr.CONTROL | TokenAttr.UNKNOWN
+        matched = int(TokenAttr.CONTROL | TokenAttr.USER_DEFINED | TokenAttr.UNKNOWN)
+        hidden = int(TokenAttr.CONTROL | TokenAttr.UNKNOWN)
         attrs = vocabulary.attrs
-        special = [id for id, attr in enumerate(attrs) if attr & matched]
+        special = np.flatnonzero(np.array(attrs) & matched).tolist()
         self._attrs = {id: attrs[id] for id in special}
         self._texts = {id: vocabulary.tokens[id] for id in special}
         self._order = {

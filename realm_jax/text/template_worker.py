@@ -2,8 +2,8 @@
 
 Templates come with model files and are untrusted. The sandbox keeps them from Python's internals, but nothing inside a
 process can interrupt one long operation of the interpreter (a string of 10**10 characters, a list doubled forty times
-and printed), so they run here, where the parent can kill them and memory is limited. The directories hold jinja2 and markupsafe;
-nothing else of Realm is imported, so that the process starts fast.
+and printed), so they run here, where the parent can kill them and memory is limited. The directories hold jinja2 and
+markupsafe; nothing else of Realm is imported, so that the process starts fast.
 
 Frames on stdin and stdout: a little-endian uint32 length and that many bytes of JSON. The first frame says that the
 process is ready. A request is {"source", "variables", "max_output"}, its answer {"text"} or {"error"}.

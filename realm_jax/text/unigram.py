@@ -17,20 +17,21 @@ class UnigramEncoder:
 
     def __init__(self, vocabulary: Vocabulary):
         attrs, scores = vocabulary.attrs, vocabulary.scores.tolist()
-        normal = [score for score, attr in zip(scores, attrs) if attr & TokenAttr.NORMAL]
+        normal_kind, user_kind = int(TokenAttr.NORMAL), int(TokenAttr.USER_DEFINED)
+        usable = int(TokenAttr.NORMAL | TokenAttr.USER_DEFINED | TokenAttr.UNUSED)
+        normal = [score for score, attr in zip(scores, attrs) if attr & normal_kind]
         self.unknown = vocabulary.special["unk"]
         self._unknown_score = min(normal, default=0.0) - _UNKNOWN_PENALTY
         self._tokens: dict[str, tuple[int, float]] = {}
         self._longest: dict[str, int] = {}
         user_defined = []
-        usable = TokenAttr.NORMAL | TokenAttr.USER_DEFINED | TokenAttr.UNUSED
         for id, (token, attr) in enumerate(zip(vocabulary.tokens, attrs)):
             if attr & usable:
-                self._tokens[token] = (id, 0.0 if attr & TokenAttr.USER_DEFINED else scores[id])
+                self._tokens[token] = (id, 0.0 if attr & user_kind else scores[id])
                 start = token[:2]
                 if len(token) > self._longest.get(start, 0):
                     self._longest[start] = len(token)
-            if attr & TokenAttr.USER_DEFINED:
+            if attr & user_kind:
                 user_defined.append(token)
         self._cut = word_boundaries([*self._tokens])
         self._normalizer = Charsmap(vocabulary.charsmap, user_defined)

@@ -407,17 +407,23 @@ def _read_merges(reader: _Reader, ids: Mapping[str, int], required: bool) -> lis
         if required:
             raise TokenizerError("tokenizer.ggml.merges is missing; byte-level BPE needs it")
         return []
-    merges = []
-    for i, line in enumerate(lines):
-        at = line.find(" ", 1)  # the first part may begin with a space, not be one that is empty
-        left, right = line[:at], line[at + 1 :]
-        if at < 0 or not right:
-            raise TokenizerError(f"tokenizer.ggml.merges[{i}]: {_brief(line)} is not two tokens separated by a space")
-        if left not in ids or right not in ids or left + right not in ids:
-            unknown = next(part for part in (left, right, left + right) if part not in ids)
-            raise TokenizerError(f"tokenizer.ggml.merges[{i}]: {_brief(unknown)} is not in the vocabulary")
-        merges.append((left, right))
+    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
+    for i, (left, right) in enumerate(merges):
+        if left + right not in ids or left not in ids or right not in ids:
+            merges[i] = _odd_merge(i, lines[i], ids)
     return merges
+
+
+def _odd_merge(i: int, line: str, ids: Mapping[str, int]) -> tuple[str, str]:
+    """A merge whose first token begins with a space, or else a TokenizerError."""
+    at = line.find(" ", 1)
+    left, right = line[:at], line[at + 1 :]
+    if at < 0 or not right:
+        raise TokenizerError(f"tokenizer.ggml.merges[{i}]: {_brief(line)} is not two tokens separated by a space")
+    for part in (left, right, left + right):
+        if part not in ids:
+            raise TokenizerError(f"tokenizer.ggml.merges[{i}]: {_brief(part)} is not in the vocabulary")
+    return left, right
 
 
 def _read_charsmap(reader: _Reader) -> bytes:
