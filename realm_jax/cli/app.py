@@ -28,7 +28,7 @@ app.command("perplexity")(measuring.perplexity)
 app.command("bench")(measuring.bench)
 app.add_typer(models.app, name="models")
 
-# The parser's own errors. Typer has them from click, or carries click inside: only this class is public in both.
+# The parser's own errors: typer carries its parser inside, and only the subclass BadParameter is public.
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
 
