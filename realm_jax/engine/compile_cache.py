@@ -9,6 +9,7 @@ import stat
 
 import jax
 
+from realm_jax.errors import DownloadError
 from realm_jax.registry.store import cache_root
 
 _log = logging.getLogger(__name__)
@@ -18,7 +19,11 @@ def enable_compile_cache() -> None:
     """Points JAX at the user's cache, unless the user has chosen one. Where none can be had, says so and goes on."""
     if jax.config.jax_compilation_cache_dir is not None:
         return
-    path = cache_root() / "xla"
+    try:
+        path = cache_root() / "xla"
+    except DownloadError as error:
+        _log.warning("compiled programs are not cached: %s", error)
+        return
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.lstat()
