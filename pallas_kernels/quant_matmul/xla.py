@@ -1,8 +1,10 @@
 """The XLA backend: float32 activations, weights dequantized a tile of rows at a time in front of one dot.
 
 A tile is sliced straight out of the stack and is small enough to stay in cache, so no full-precision copy of a weight
-exists. A row's result has the same bits however many rows are in the call: XLA's dots reduce K alike for two rows and
-more, and a single row is computed as two.
+exists. A row's result has the same bits however many rows are in the call. That leans on how XLA's CPU dots (YNNPACK)
+choose a kernel and its order of summing over K: by the number of columns, here the tile, and by K, never by the number
+of rows, from two rows on; a single row is computed as two. The transposed product, weight times x, would be faster for
+few rows and is not invariant. tests/test_quant_matmul.py holds it to that, bit for bit.
 """
 
 from typing import Any
@@ -12,21 +14,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from .formats import Format
-from .reference import dequantize
+from .reference import dequantize, elements, group_parameters
 
 TILE_BYTES = 4 << 20  # of dequantized float32 weight
 
 
 def matmul(x: jax.Array, arrays: dict[str, Any], fmt: Format, lead: tuple[Any, ...]) -> jax.Array:
-    """x [M, K] float32 times weight ``lead`` of a stack [..., N, K] -> float32 [M, N]. lead: an index a leading axis."""
+    """x [M, K] float32 times weight ``lead`` (an index a leading axis) of a stack [..., N, K] -> [M, N]."""
     n, k = _rows(arrays, lead), x.shape[-1]
     m = x.shape[0]
     if m == 1:
         x = jnp.concatenate([x, x])  # a lone row would take XLA's matrix-vector code, which sums in another order
     tile = _tile(n, k)
 
-    def dot(start):
-        weight = dequantize(_slice(arrays, lead, start, tile), fmt)  # [tile, K]
+    def dot(start):  # [M, tile]
+        weight = _dequantize(_slice(arrays, lead, start, tile), fmt, start if tile < n else x)
         return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
 
     if tile == n:
@@ -45,7 +47,7 @@ def matmul_transposed(g: jax.Array, arrays: dict[str, Any], fmt: Format, lead: t
     tile = _tile(n, k)
 
     def dot(start, part):
-        weight = dequantize(_slice(arrays, lead, start, tile), fmt)
+        weight = _dequantize(_slice(arrays, lead, start, tile), fmt, start if tile < n else g)
         return jnp.matmul(part, weight, precision=lax.Precision.HIGHEST)
 
     if tile == n:
@@ -58,6 +60,19 @@ def matmul_transposed(g: jax.Array, arrays: dict[str, Any], fmt: Format, lead: t
         return out + dot(start, jnp.where(fresh, part, 0.0))
 
     return lax.fori_loop(0, -(-n // tile), step, jnp.zeros((g.shape[0], k), jnp.float32))
+
+
+def _dequantize(arrays: dict[str, Any], fmt: Format, varying: Any) -> jax.Array:
+    """As the reference; ``varying`` is any value that changes from one turn of the surrounding loop to the next.
+
+    Two barriers against XLA's optimizer. Group parameters are decoded once; else their decoding is fused into every
+    element's. And the shifts that take codes out of words stay inside the loop; hoisted out of it they become loads of
+    unknown numbers, and the loop is no longer vectorised (3 to 5 times slower).
+    """
+    if fmt.dense:
+        return dequantize(arrays, fmt)
+    one, _ = lax.optimization_barrier((jnp.uint32(1), varying))
+    return elements(arrays, lax.optimization_barrier(group_parameters(arrays, fmt)), fmt, one)
 
 
 def _tile(n: int, k: int) -> int:

@@ -26,15 +26,16 @@ def split(part: np.ndarray, bits: int, stride: int) -> np.ndarray:
     return out.reshape(n, width * 8 // bits)
 
 
-def plane(codes: np.ndarray, bits: int, below: int = 0) -> np.ndarray:
-    """Bits below..below+bits of codes [n, block], packed in the kernels' order: uint8 [n, block*bits/8]."""
-    n, block = codes.shape
-    parts = codes.reshape(n, 8 // bits, block * bits // 8)
-    mask = np.uint8((1 << bits) - 1)
-    out = np.zeros((n, block * bits // 8), np.uint8)
-    for i in range(8 // bits):
-        out |= ((parts[:, i] >> np.uint8(below)) & mask) << np.uint8(i * bits)
-    return out
+def plane(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes of b bits, one a byte [n, block] -> uint8 [n, block*bits/8], in natural order from the low bits up."""
+    if bits == 1:
+        return np.packbits(codes, axis=1, bitorder="little")
+    if bits == 2:
+        words = codes.view("<u4")
+        words = words | (words >> np.uint32(6))  # bytes 0 and 2 hold two codes each
+        return (words | (words >> np.uint32(12))).astype(np.uint8)
+    words = codes.view("<u2")
+    return (words | (words >> np.uint16(4))).astype(np.uint8)
 
 
 def nibbles(small: np.ndarray) -> np.ndarray:

@@ -34,20 +34,28 @@ def _integer(dtype: str) -> Callable[[np.ndarray], Packed]:
     return unpack
 
 
+def _halves(part: np.ndarray) -> np.ndarray:
+    """Sixteen bytes with element j in the low nibble of byte j and j+16 in the high one -> natural order."""
+    words = u16(part)  # [n, 8]
+    low = (words & np.uint16(0x0F)) | ((words >> np.uint16(4)) & np.uint16(0xF0))
+    high = ((words >> np.uint16(4)) & np.uint16(0x0F)) | ((words >> np.uint16(8)) & np.uint16(0xF0))
+    return np.concatenate([low, high], axis=1).astype(np.uint8)
+
+
 def _q4_0(b: np.ndarray) -> Packed:
-    return {"scales": f16(b, 0), "codes": b[:, 2:]}
+    return {"scales": f16(b, 0), "codes": _halves(b[:, 2:])}
 
 
 def _q4_1(b: np.ndarray) -> Packed:
-    return {"scales": f16(b, 0), "mins": f16(b, 2), "codes": b[:, 4:]}
+    return {"scales": f16(b, 0), "mins": f16(b, 2), "codes": _halves(b[:, 4:])}
 
 
 def _q5_0(b: np.ndarray) -> Packed:
-    return {"scales": f16(b, 0), "high": plane(split(b[:, 2:6], 1, 1), 1), "codes": b[:, 6:]}
+    return {"scales": f16(b, 0), "high": b[:, 2:6], "codes": _halves(b[:, 6:])}
 
 
 def _q5_1(b: np.ndarray) -> Packed:
-    return {"scales": f16(b, 0), "mins": f16(b, 2), "high": plane(split(b[:, 4:8], 1, 1), 1), "codes": b[:, 8:]}
+    return {"scales": f16(b, 0), "mins": f16(b, 2), "high": b[:, 4:8], "codes": _halves(b[:, 8:])}
 
 
 def _q8_0(b: np.ndarray) -> Packed:
@@ -63,11 +71,11 @@ def _q8_k(b: np.ndarray) -> Packed:  # followed by the sums of each 16 codes, wh
 
 
 def _q1_0(b: np.ndarray) -> Packed:
-    return {"scales": f16(b, 0), "codes": plane(split(b[:, 2:], 1, 1), 1)}
+    return {"scales": f16(b, 0), "codes": b[:, 2:]}
 
 
 def _q2_0(b: np.ndarray) -> Packed:
-    return {"scales": f16(b, 0), "codes": plane(split(b[:, 2:], 2, 1), 2)}
+    return {"scales": f16(b, 0), "codes": b[:, 2:]}
 
 
 def _q2_k(b: np.ndarray) -> Packed:
@@ -140,7 +148,7 @@ def _tq2_0(b: np.ndarray) -> Packed:
 
 
 def _mxfp4(b: np.ndarray) -> Packed:
-    return {"scales": b[:, :1], "codes": b[:, 1:]}
+    return {"scales": b[:, :1], "codes": _halves(b[:, 1:])}
 
 
 def _nvfp4(b: np.ndarray) -> Packed:

@@ -88,14 +88,14 @@ def _even_signs() -> np.ndarray:
 
 
 def _sign_bits(signs: np.ndarray) -> np.ndarray:
-    """uint8 [n, 32] -> [n, 256], one a byte."""
+    """uint8 [n, 32] -> [n, 256], one bit a byte."""
     return split(signs, 1, 1)
 
 
 def _word_signs(words: np.ndarray) -> np.ndarray:
-    """Four times seven sign bits in each uint32 [n, 8] -> uint8 [n, 256]."""
+    """Four times seven sign bits in each uint32 [n, 8] -> eight bits each: uint8 [n, 32]."""
     seven = (words[:, :, None] >> np.array([0, 7, 14, 21], np.uint32)) & np.uint32(127)
-    return _sign_bits(_even_signs()[seven].reshape(-1, 32))
+    return _even_signs()[seven].reshape(-1, 32)
 
 
 def iq2_xxs(b: np.ndarray) -> Packed:
@@ -106,7 +106,7 @@ def iq2_xxs(b: np.ndarray) -> Packed:
         "super": f16(b, 0),
         "scales": nibbles((words[:, :, 1] >> np.uint32(28)).astype(np.uint8)),
         "codes": plane(_spelt("IQ2_XXS", indices), 2),
-        "high": plane(_word_signs(words[:, :, 1]), 1),
+        "high": _word_signs(words[:, :, 1]),
     }
 
 
@@ -117,7 +117,7 @@ def iq2_xs(b: np.ndarray) -> Packed:
         "super": f16(b, 0),
         "scales": b[:, 66:],
         "codes": plane(_spelt("IQ2_XS", words & np.uint16(511)), 2),
-        "high": plane(_sign_bits(_even_signs()[words >> np.uint16(9)]), 1),
+        "high": _even_signs()[words >> np.uint16(9)],
     }
 
 
@@ -128,14 +128,14 @@ def iq2_s(b: np.ndarray) -> Packed:
         "super": f16(b, 0),
         "scales": b[:, 74:],
         "codes": plane(_spelt("IQ2_S", indices), 2),
-        "high": plane(_sign_bits(b[:, 34:66]), 1),
+        "high": b[:, 34:66],
     }
 
 
 def iq3_xxs(b: np.ndarray) -> Packed:
     """98 bytes: scale, 64 grid bytes, 8 words of signs and scale."""
     words = u32(b[:, 66:])
-    codes = _spelt("IQ3_XXS", b[:, 2:66]) | _word_signs(words) << np.uint8(3)
+    codes = _spelt("IQ3_XXS", b[:, 2:66]) | _sign_bits(_word_signs(words)) << np.uint8(3)
     return {
         "super": f16(b, 0),
         "scales": nibbles((words >> np.uint32(28)).astype(np.uint8)),

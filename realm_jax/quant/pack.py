@@ -62,7 +62,10 @@ def pack(
     for at in range(0, rows, step):
         part = source[at : at + step]
         for name, values in unpack(part.reshape(-1, size)).items():
-            flat[name][at : at + step] = values.reshape(part.shape[0], -1)
+            target = flat[name][at : at + step]
+            if target.dtype == np.uint32:  # a plane of codes, which the packers make as bytes
+                target = target.view(np.uint8)
+            target[...] = values.reshape(part.shape[0], -1)
     return out
 
 
