@@ -64,7 +64,7 @@ class Result:
         context) or "cancelled".
       logprobs: one entry per token, or None when SamplingParams.logprobs is None.
       usage, timing: of this completion alone.
-      alternatives: the completions after the first when SamplingParams.n > 1.
+      choices: all n completions, this one first, when SamplingParams.n > 1; else empty.
     """
 
     text: str
@@ -73,12 +73,7 @@ class Result:
     logprobs: list[TokenLogprob] | None
     usage: Usage
     timing: Timing
-    alternatives: list["Result"] = field(default_factory=list)
-
-    @property
-    def choices(self) -> list["Result"]:
-        """All n completions, this one first."""
-        return [self, *self.alternatives]
+    choices: list["Result"] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from functools import partial
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from realm_jax.sampling_params import MAX_LOGPROBS
@@ -37,7 +36,7 @@ BAD_LOGITS = -1
 
 @flax.struct.dataclass
 class RowParams:
-    """What the sampler needs to know of each row of a batch; arrays of [B] unless noted.
+    """What the sampler needs to know of each row of a batch; arrays of [B] (numpy ones will do) unless noted.
 
     Attributes:
       seed: uint32 [B, 2], the 64-bit seed as (high, low) words.
@@ -48,17 +47,17 @@ class RowParams:
       slot: int32, the row of History that belongs to this request; out of range for padding.
     """
 
-    seed: Array | np.ndarray
-    position: Array | np.ndarray
-    temperature: Array | np.ndarray
-    top_k: Array | np.ndarray
-    top_p: Array | np.ndarray
-    min_p: Array | np.ndarray
-    typical_p: Array | np.ndarray
-    repetition: Array | np.ndarray
-    frequency: Array | np.ndarray
-    presence: Array | np.ndarray
-    slot: Array | np.ndarray
+    seed: Array
+    position: Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    typical_p: Array
+    repetition: Array
+    frequency: Array
+    presence: Array
+    slot: Array
 
 
 @flax.struct.dataclass
