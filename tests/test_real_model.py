@@ -1,0 +1,57 @@
+"""SmolLM2-135M-Instruct against the float reference: the same greedy tokens on ten prompts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference_model import ReferenceModel
+
+from realm_jax import LLM, SamplingParams
+
+pytestmark = pytest.mark.slow  # downloads a model of 98 MB once, and dequantizes all of it
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a small village by the sea,",
+    "def fibonacci(n):\n",
+    "Water boils at a temperature of",
+    "1, 2, 3, 5, 8, 13,",
+    "The three primary colours are",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "Q: What is photosynthesis?\nA:",
+    "Die Hauptstadt von Deutschland ist",
+    "In 1969, humans first",
+]
+TOKENS = 64
+# Where the reference itself can hardly tell its first two choices apart, either is right.
+TIE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def llm(smollm2_path: Path):
+    with LLM(str(smollm2_path), backend="xla") as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2_path: Path) -> ReferenceModel:
+    return ReferenceModel(smollm2_path, dtype=np.float32)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_tokens_are_the_references(prompt: str, llm: LLM, reference: ReferenceModel) -> None:
+    tokens = llm.tokenize(prompt)
+    out = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True))
+    assert len(out.tokens) == TOKENS
+    # One forward over prompt and answer says at every step what the reference would have chosen there.
+    logits = reference.logits([*tokens, *out.tokens])[len(tokens) - 1 : -1]
+    chosen = np.take_along_axis(logits, np.array(out.tokens)[:, None], 1)[:, 0]
+    behind = logits.max(1) - chosen
+    assert behind.max() <= TIE, f"step {behind.argmax()} differs by {behind.max():.2g}"
+
+
+def test_logits_are_the_references(llm: LLM, reference: ReferenceModel) -> None:
+    tokens = llm.tokenize("The quick brown fox jumps over the lazy dog, and the dog sleeps on in the warm sun.")
+    expected = reference.logits(tokens).astype(np.float64)
+    error = ((llm.logits(tokens) - expected) ** 2).sum() / (expected**2).sum()
+    assert error <= 1e-6
