@@ -54,7 +54,8 @@ class LLM:
             was trained on, at most 4096.
           max_batch: most requests that run at once (1 to 1024); more wait their turn.
           backend: kernels to use; "auto" takes the best there is.
-          progress: called as progress(what, bytes done, bytes in all or 0) while the model is fetched and loaded.
+          progress: called as progress(what, bytes done, bytes in all or 0) while the model is fetched and loaded, and
+            before a program is compiled.
           options: none in this version: mesh, draft and adapters are refused unless None.
 
         Raises:
@@ -86,8 +87,11 @@ class LLM:
             except ChatTemplateError as error:  # matters to chat() without a template of the caller's
                 self._template = error
         self.config = loaded.config
-        self._runner: Runner | None = Runner(loaded, max_batch=int(max_batch), backend=backend)
-        self._loop = HostLoop(self._runner)
+        runner = Runner(loaded, max_batch=int(max_batch), backend=backend)
+        if progress is not None:
+            runner.on_compile = lambda what: progress(f"compiling for {what}", 0, 0)
+        self._runner: Runner | None = runner
+        self._loop = HostLoop(runner)
 
     @property
     def context_length(self) -> int:

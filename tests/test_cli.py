@@ -79,7 +79,7 @@ def assert_refused(done: Done, message: str) -> None:
         (["generate", "-p", "x", "--seed", "-1"], "seed is -1; accepted:"),
         (["generate", "-p", "x", "--stop", ""], "accepted: a non-empty string"),
         (["generate", "-p", "x", "--n", "2"], "--n above 1 and --logprobs are reported with --json only"),
-        (["generate", "-p", "x", "--system", "y"], "--system needs --chat"),
+        (["generate", "-p", "x", "--system", "y"], "--system and --template need --chat"),
         (["generate", "--file", "/no/such/file"], "cannot read /no/such/file: No such file or directory"),
         (["generate", "--file", "/"], "cannot read /: Is a directory"),
         (["generate", "missing.gguf", "-p", "x"], "no such file: 'missing.gguf'"),
@@ -246,7 +246,7 @@ def test_several_answers_and_logprobs(realm: Realm, tiny: Path) -> None:
         "--ignore-eos",
     ]
     result = json.loads(realm("generate", tiny, "-p", "x", *arguments, "--json").out)
-    assert len(result["alternatives"]) == 1
+    assert len(result["choices"]) == 2
     assert [len(entry["top"]) for entry in result["logprobs"]] == [2, 2, 2]
 
 
@@ -289,13 +289,16 @@ def test_a_pipe_gets_text_only(tiny: Path) -> None:
     assert "\x1b" not in done.stdout
 
 
-def test_chat_takes_a_turn_a_line(tiny: Path) -> None:
-    command = [*REALM, "chat", str(tiny), "--max-tokens", "4"]
-    done = subprocess.run(command, input="one\n/clear\ntwo\n/exit\n", capture_output=True, text=True, timeout=100)
-    if done.returncode == 2:  # the tiny model may come without a chat template
-        assert "chat template" in done.stderr
-    else:
-        assert (done.returncode, done.stderr) == (0, "")
+def test_chat_takes_a_turn_a_line(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "template").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    command = [*REALM, "chat", str(tiny), "--template", str(tmp_path / "template"), "--max-tokens", "4"]
+    done = subprocess.run(command, input=b"one\n\n/clear\ntwo\n/exit\nthree\n", capture_output=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.count(b"\n") >= 2
+
+
+def test_chat_without_a_template_is_refused(realm: Realm, tiny: Path) -> None:
+    assert_refused(realm("generate", tiny, "-p", "x", "--chat"), "tokenizer.chat_template")
 
 
 def test_a_reader_that_goes_away_is_no_error(tiny: Path) -> None:
@@ -334,6 +337,7 @@ def test_bars_on_a_terminal_are_gone_at_the_end(tiny: Path) -> None:
         out = process.stdout.read() if process.stdout else b""
     assert process.returncode == 0
     assert b"loading weights" in shown
+    assert b"compiling" in shown
     assert b"\x1b" not in out
 
 

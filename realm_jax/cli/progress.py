@@ -8,28 +8,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from realm_jax.registry import Progress as Callback
 
+class Bars:
+    """A callback progress(what, done, total) that shows one bar at a time, until `hide` or the end."""
 
-@contextmanager
-def progress_bars() -> "Iterator[Callback | None]":
-    """A callback progress(what, done, total) that shows one bar at a time, gone at the end; None without a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    bars = _Bars()
-    try:
-        yield bars
-    finally:
-        bars.close()
-
-
-class _Bars:
     def __init__(self) -> None:
         self._progress: Progress | None = None
         self._what = ""
 
     def __call__(self, what: str, done: int, total: int) -> None:
+        """Show how far `what` is; a total of 0 is one that is not known."""
         if self._progress is None:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -37,6 +25,7 @@ class _Bars:
             columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
             self._progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
             self._progress.start()
+            self._what = ""
         if what != self._what:
             for task in self._progress.task_ids:
                 self._progress.remove_task(task)
@@ -44,6 +33,21 @@ class _Bars:
             self._what = what
         self._progress.update(self._progress.task_ids[0], completed=done, total=total or None)
 
-    def close(self) -> None:
+    def hide(self) -> None:
+        """Take the bar away, as before writing something else to the terminal."""
         if self._progress is not None:
             self._progress.stop()
+            self._progress = None
+
+
+@contextmanager
+def progress_bars() -> Iterator[Bars | None]:
+    """Bars that are gone when the block ends; None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    bars = Bars()
+    try:
+        yield bars
+    finally:
+        bars.hide()

@@ -1,8 +1,8 @@
 """realm generate and realm chat: text from a model."""
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,7 +10,7 @@ import typer
 from realm_jax.cli import options
 from realm_jax.cli.options import given
 from realm_jax.cli.output import one_line, read_text, write_json, write_text
-from realm_jax.cli.progress import progress_bars
+from realm_jax.cli.progress import Bars, progress_bars
 from realm_jax.errors import InvalidRequestError, RealmError
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ def generate(
         bool, typer.Option("--chat", help="Put the prompt as a question, in the model's chat format.")
     ] = False,
     system: Annotated[str | None, typer.Option(help="With --chat: the system message.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="With --chat: a Jinja2 file in place of the model's own.")
+    ] = None,
     max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = None,
     seed: options.Seed = None,
@@ -73,26 +76,28 @@ def generate(
     )
     if not json and (params.n > 1 or params.logprobs is not None):
         raise InvalidRequestError("--n above 1 and --logprobs are reported with --json only")
-    if system is not None and not chat:
-        raise InvalidRequestError("--system needs --chat")
+    if not chat and (system is not None or template is not None):
+        raise InvalidRequestError("--system and --template need --chat")
     text = _prompt(prompt, file)
-    with _loaded(model, context_length=context_length, backend=backend) as llm:
+    source = _template(template) if chat else None
+    with progress_bars() as bars, _loaded(model, bars, context_length=context_length, backend=backend) as llm:
         if chat:
             messages = [{"role": "system", "content": system}] if system is not None else []
             messages.append({"role": "user", "content": text})
             if json:
-                write_json(llm.chat(messages, params))
+                write_json(llm.chat(messages, params, template=source))
             else:
-                _write_stream(llm.chat(messages, params, stream=True))
+                _write_stream(llm.chat(messages, params, stream=True, template=source), bars)
         elif json:
             write_json(llm.generate(text, params))
         else:
-            _write_stream(llm.stream(text, params))
+            _write_stream(llm.stream(text, params), bars)
 
 
 def chat(
     model: options.Model = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    template: Annotated[str | None, typer.Option(help="A Jinja2 chat template in place of the model's own.")] = None,
     max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = None,
     seed: options.Seed = None,
@@ -126,7 +131,8 @@ def chat(
         )
     )
     opening = [{"role": "system", "content": system}] if system is not None else []
-    with _loaded(model, context_length=context_length, backend=backend) as llm:
+    source = _template(template)
+    with progress_bars() as bars, _loaded(model, bars, context_length=context_length, backend=backend) as llm:
         messages = list(opening)
         for line in _lines():
             if line == "/exit":
@@ -136,7 +142,7 @@ def chat(
                 continue
             messages.append({"role": "user", "content": line})
             try:
-                answer = _write_stream(llm.chat(messages, params, stream=True))
+                answer = _write_stream(llm.chat(messages, params, stream=True, template=source), bars)
             except KeyboardInterrupt:  # ends this answer, not the conversation; the unfinished turn is forgotten
                 messages.pop()
                 print()
@@ -150,19 +156,23 @@ def chat(
 
 
 @contextmanager
-def _loaded(model: str | None, **engine: Any) -> "Iterator[LLM]":
-    """The loaded model, fetched first where needed, with progress bars for both."""
+def _loaded(model: str | None, bars: Bars | None, **engine: Any) -> "Iterator[LLM]":
+    """The loaded model, fetched first where needed."""
     from realm_jax import registry
 
-    with progress_bars() as progress:
-        path = registry.resolve(model, progress)
-        if progress is not None:
-            progress("starting", 0, 0)
-        from realm_jax import LLM
+    path = registry.resolve(model, bars)
+    if bars is not None:
+        bars("starting", 0, 0)
+    from realm_jax import LLM
 
-        llm = LLM(path, progress=progress, **given(**engine))
-    with llm:
+    with LLM(path, progress=bars, **given(**engine)) as llm:
+        if bars is not None:
+            bars.hide()
         yield llm
+
+
+def _template(file: str | None) -> str | None:
+    return None if file is None else read_text(file)
 
 
 def _prompt(prompt: str | None, file: str | None) -> str:
@@ -178,12 +188,15 @@ def _prompt(prompt: str | None, file: str | None) -> str:
     return read_text("-") if prompt == "-" else str(prompt)
 
 
-def _write_stream(pieces: "Iterable[Piece]") -> str:
+def _write_stream(pieces: "Iterator[Piece]", bars: Bars | None) -> str:
     """Print pieces as they come and a line break after the last; returns the whole text."""
     text = ""
-    for piece in pieces:
-        text += piece.text
-        write_text(piece.text)
+    with closing(pieces):  # type: ignore[type-var]  # an iterator of LLM's is a generator; closing it ends the request
+        for piece in pieces:
+            if bars is not None:
+                bars.hide()
+            text += piece.text
+            write_text(piece.text)
     write_text("\n")
     return text
 
