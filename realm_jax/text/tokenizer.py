@@ -148,7 +148,7 @@ class Tokenizer:
         if attr & (_HIDDEN | TokenAttr.USER_DEFINED):
             return text.encode("utf-8", "surrogateescape")
         if attr & TokenAttr.NORMAL:
-            if self.kind == "bpe" and not self._vocabulary.escape_whitespaces:
+            if self._vocabulary.pre is not None and self._vocabulary.pre.byte_encode:
                 return b"".join(
                     bytes([CHARACTER_BYTES[char]])
                     if char in CHARACTER_BYTES
