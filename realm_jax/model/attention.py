@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from realm_jax.cache import BLOCK_PAGES, BLOCK_SIZE, CacheView
+from realm_jax.model.ops import exp
+from realm_jax.model.ops import softcap as apply_softcap
 
 _MASKED = -1e30  # finite, so that a block with nothing to see adds exact zeros rather than NaN
 
@@ -63,32 +65,33 @@ def attend(
         return jnp.where((at >= 0)[:, None, None], fresh, cached.astype(jnp.float32))
 
     def step(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        top, total, mixed = carry  # running maximum, sum of weights [T, kv_heads, group], weighted values
+        top, mixed = carry  # running maximum [T, kv_heads, group]; weighted values, and the sum of weights behind them
         pages = lax.dynamic_slice(cache.table, (block * BLOCK_PAGES,), (BLOCK_PAGES,))
         at_position = block * BLOCK_SIZE + jnp.arange(BLOCK_SIZE)
         at = at_position - cache.length
         k = rows(keys, pool_keys, pages, at)
         v = k[..., :value_dim] if latent else rows(values, pool_values, pages, at)
         scores = jnp.einsum("tkgd,skd->tkgs", grouped, k, precision=lax.Precision.HIGHEST)
-        if softcap:
-            scores = softcap * jnp.tanh(scores / softcap)
+        scores = apply_softcap(scores, softcap)
         distance = positions[:, None] - at_position[None, :]  # [T, BLOCK_SIZE]
         seen = (distance >= 0) & (distance < lookback)
         scores = jnp.where(seen[:, None, None, :], scores, _MASKED)
         new_top = jnp.maximum(top, scores.max(-1))
-        weights = jnp.where(seen[:, None, None, :], jnp.exp(scores - new_top[..., None]), 0.0)
-        keep = jnp.exp(top - new_top)
-        total = total * keep + weights.sum(-1)
-        mixed = mixed * keep[..., None] + jnp.einsum("tkgs,skd->tkgd", weights, v, precision=lax.Precision.HIGHEST)
-        return new_top, total, mixed
+        weights = jnp.where(seen[:, None, None, :], exp(scores - new_top[..., None]), 0.0)
+        # A column of ones beside the values sums the weights in the same product.
+        v = jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), jnp.float32)], axis=-1)
+        added = jnp.einsum("tkgs,skd->tkgd", weights, v, precision=lax.Precision.HIGHEST)
+        return new_top, mixed * exp(top - new_top)[..., None] + added
 
     shape = (tokens, kv_heads, group)
-    start = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, value_dim)))
-    top, total, mixed = lax.fori_loop(0, cache.blocks, step, start)
+    start = (jnp.full(shape, _MASKED), jnp.zeros((*shape, value_dim + 1)))
+    top, mixed = lax.fori_loop(0, cache.blocks, step, start)
+    total = mixed[..., value_dim]
     if sinks is not None:
+        # The sink joins the normalisation as a row of its own whose value is zero.
         sink = sinks.reshape(kv_heads, group)
         new_top = jnp.maximum(top, sink)
-        keep = jnp.exp(top - new_top)
-        total = total * keep + jnp.exp(sink - new_top)
+        keep = exp(top - new_top)
+        total = total * keep + exp(sink - new_top)
         mixed = mixed * keep[..., None]
-    return (mixed / jnp.maximum(total, 1e-30)[..., None]).reshape(tokens, heads, value_dim)
+    return (mixed[..., :value_dim] / jnp.maximum(total, 1e-30)[..., None]).reshape(tokens, heads, value_dim)

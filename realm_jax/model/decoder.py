@@ -14,9 +14,10 @@ from realm_jax.cache import CacheView, KVRows
 from realm_jax.model.attention import attend
 from realm_jax.model.config import ModelConfig
 from realm_jax.model.experts import mixture
-from realm_jax.model.ops import gated, rms_norm, rotate, rotations, softcap
+from realm_jax.model.ops import gated, rms_norm, rotate, softcap
 from realm_jax.model.params import Params
 from realm_jax.model.plan import LayerPlan, Segment
+from realm_jax.model.rope import FINE_POSITIONS
 from realm_jax.model.weights import LayerWeights
 
 
@@ -45,7 +46,7 @@ def forward(
     with jax.named_scope("embedding"):
         x = params.tables["token_embd.weight"].take_rows(tokens) * config.embedding_scale
     with jax.named_scope("rope"):
-        turns = rotations(params.rope, config, positions)
+        turns = _rotations(params.rope, positions)
 
     def layer(x: jax.Array, weights: LayerWeights, number: jax.Array, rope: jax.Array, window: jax.Array):
         cos_sin = (turns[0][rope], turns[1][rope])
@@ -197,7 +198,8 @@ def _latent_attention(h, w, c, number, cos_sin, window, positions, cache) -> tup
         q = w.linear(h, "attn_q")
     q = q.reshape(tokens, c.num_heads, m.key_dim)
     q_plain, q_rotated = q[..., : m.key_dim - rotated], rotate(q[..., m.key_dim - rotated :], cos_sin, c.spec.rope)
-    q_latent = jnp.einsum("thn,hrn->thr", q_plain, w.dense("attn_k_b.weight"), precision=lax.Precision.HIGHEST)
+    head = jnp.tile(jnp.arange(c.num_heads), tokens)  # each head has matrices of its own, as experts have
+    q_latent = w.expert_linear(q_plain.reshape(head.size, -1), head, "attn_k_b").reshape(tokens, c.num_heads, m.rank)
     compressed = w.linear(h, "attn_kv_a_mqa")  # [T, rank + rotated]
     latent = rms_norm(compressed[:, : m.rank], w.vector("attn_kv_a_norm.weight"), c.norm_eps)
     k_rotated = rotate(compressed[:, None, m.rank :], cos_sin, c.spec.rope)
@@ -214,7 +216,7 @@ def _latent_attention(h, w, c, number, cos_sin, window, positions, cache) -> tup
         window=window,
         value_dim=m.rank,
     )
-    v = jnp.einsum("thr,hvr->thv", mixed, w.dense("attn_v_b.weight"), precision=lax.Precision.HIGHEST)
+    v = w.expert_linear(mixed.reshape(head.size, -1), head, "attn_v_b")
     return w.linear(v.reshape(tokens, -1), "attn_output"), KVRows(keys=keys, values=values)
 
 
@@ -224,3 +226,11 @@ def _feed_forward(h: jax.Array, w: LayerWeights, c: ModelConfig) -> jax.Array:
     else:
         gate, up = w.linear(h, "ffn_gate"), w.linear(h, "ffn_up")
     return w.linear(gated(gate, up, c.spec.activation), "ffn_down")
+
+
+def _rotations(tables: tuple[jax.Array, jax.Array], positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of positions [T], float32 [kinds, T, pairs]."""
+    position = jnp.maximum(positions, 0)
+    coarse, fine = tables[0][:, position // FINE_POSITIONS], tables[1][:, position % FINE_POSITIONS]
+    (a, b), (c, d) = (coarse[:, :, 0], coarse[:, :, 1]), (fine[:, :, 0], fine[:, :, 1])
+    return a * c - b * d, b * c + a * d

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from realm_jax.model.config import ExpertConfig, ModelConfig
-from realm_jax.model.ops import gated
+from realm_jax.model.ops import gated, row_sum, sigmoid, softmax
 from realm_jax.model.weights import LayerWeights
 
 
@@ -22,12 +22,12 @@ def mixture(h: jax.Array, w: LayerWeights, c: ModelConfig) -> jax.Array:
         w.expert_linear(rows, flat, "ffn_gate_exps"), w.expert_linear(rows, flat, "ffn_up_exps"), c.spec.activation
     )
     out = w.expert_linear(hidden, flat, "ffn_down_exps").reshape(tokens, e.used, -1)
-    out = (out * weights[..., None]).sum(axis=1)
+    out = sum(out[:, i] * weights[:, i, None] for i in range(e.used))  # in a fixed order, unlike XLA's own sums
     if e.shared_size:
         shared = gated(w.linear(h, "ffn_gate_shexp"), w.linear(h, "ffn_up_shexp"), c.spec.activation)
         shared = w.linear(shared, "ffn_down_shexp")
         if e.shared_gated:
-            shared = shared * jax.nn.sigmoid((h * w.vector("ffn_gate_inp_shexp.weight")).sum(-1, keepdims=True))
+            shared = shared * sigmoid(row_sum(h * w.vector("ffn_gate_inp_shexp.weight")))
         out = out + shared
     return out
 
@@ -44,9 +44,9 @@ def route(scores: jax.Array, e: ExpertConfig, bias: jax.Array | None = None) -> 
         int32 ids and float32 weights, both [T, used].
     """
     if e.router == "softmax":
-        probabilities = jax.nn.softmax(scores, axis=-1)
+        probabilities = softmax(scores)
     elif e.router == "sigmoid":
-        probabilities = jax.nn.sigmoid(scores)
+        probabilities = sigmoid(scores)
     else:
         probabilities = scores
     choice = probabilities if bias is None else probabilities + bias
@@ -58,7 +58,7 @@ def route(scores: jax.Array, e: ExpertConfig, bias: jax.Array | None = None) -> 
     _, ids = lax.top_k(choice, e.used)
     weights = jnp.take_along_axis(probabilities, ids, axis=-1)
     if e.router == "softmax_topk":
-        weights = jax.nn.softmax(weights, axis=-1)
+        weights = softmax(weights)
     if e.normalise:
-        weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 6.103515625e-5)  # the least normal float16
+        weights = weights / jnp.maximum(row_sum(weights), 6.103515625e-5)  # the least normal float16
     return ids, weights * e.scale if e.scale != 1.0 else weights

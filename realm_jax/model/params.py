@@ -16,7 +16,7 @@ import numpy as np
 from realm_jax.gguf import GGUFFile, open_gguf
 from realm_jax.model.config import ModelConfig
 from realm_jax.model.plan import LayerPlan, plan_layers
-from realm_jax.model.rope import inverse_frequencies
+from realm_jax.model.rope import rotation_tables
 from realm_jax.model.tensors import TensorSpec, check_model
 from realm_jax.quant import QuantizedTensor, format_of, pack, packed_spec
 
@@ -32,13 +32,13 @@ class Params:
     stacks: matrices [layers that have it, N, K] by stack name ("attn_q.weight:Q4_K"), packed.
     vectors: float32 [layers that have it, ...] by role.
     tables: what is not per layer: token_embd.weight and output.weight packed, output_norm.weight float32 [hidden], ...
-    rope: float32 [kinds of rotation + 1, pairs], radians per position; the last row is zero: no rotation.
+    rope: the coarse and the fine table of rope.rotation_tables.
     """
 
     stacks: dict[str, QuantizedTensor]
     vectors: dict[str, jax.Array]
     tables: dict[str, Any]
-    rope: jax.Array
+    rope: tuple[jax.Array, jax.Array]
 
 
 @flax.struct.dataclass
@@ -92,9 +92,7 @@ def load_model(
             stacks[stack] = reader.stack(members)
         else:
             vectors[stack] = jax.device_put(reader.vectors(members))
-    factors = _rope_factors(config, tables)
-    kinds = [inverse_frequencies(rope, factors if kind == 0 else None) for kind, rope in enumerate(config.ropes)]
-    rope = np.stack([*kinds, np.zeros_like(kinds[0])])
+    rope = rotation_tables(config.ropes, config.context_length, _rope_factors(config, tables))
     params = Params(
         stacks=stacks,
         vectors=vectors,

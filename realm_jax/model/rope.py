@@ -1,4 +1,4 @@
-"""Rotary position embeddings: from metadata to one frequency table per kind of layer (host side, numpy only)."""
+"""Rotary position embeddings: from metadata to tables of cosines and sines per kind of layer (host side, numpy)."""
 
 import math
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ import numpy as np
 
 # YaRN: pairs that turn more often than this over the original context are left alone, less often are interpolated.
 BETA_FAST, BETA_SLOW = 32.0, 1.0
+
+FINE_POSITIONS = 64  # see rotation_tables
 
 Scaling = Literal["none", "linear", "yarn", "longrope"]
 
@@ -34,7 +36,7 @@ def inverse_frequencies(rope: RopeConfig, factors: np.ndarray | None = None) -> 
         factors: optional float32 [dim / 2] divisors (Llama 3's rope_freqs, longrope's long or short factors).
 
     Returns:
-        float32 [dim / 2].
+        float64 [dim / 2], radians.
 
     YaRN (Peng et al. 2023, arXiv:2309.00071) keeps fast pairs as they are, interpolates slow ones, and blends between.
     """
@@ -44,7 +46,7 @@ def inverse_frequencies(rope: RopeConfig, factors: np.ndarray | None = None) -> 
         extrapolated = extrapolated / factors.astype(np.float64)
     interpolated = extrapolated / rope.factor
     if rope.extrapolation == 0.0:
-        return interpolated.astype(np.float32)
+        return interpolated
 
     def correction_dim(rotations: float) -> float:
         return rope.dim * math.log(rope.original_context / (rotations * 2 * math.pi)) / (2 * math.log(rope.base))
@@ -53,4 +55,35 @@ def inverse_frequencies(rope: RopeConfig, factors: np.ndarray | None = None) -> 
     high = min(rope.dim - 1.0, math.ceil(correction_dim(BETA_SLOW)))
     ramp = 1.0 - np.clip((np.arange(half) - low) / max(0.001, high - low), 0.0, 1.0)
     mix = ramp * rope.extrapolation
-    return (interpolated * (1.0 - mix) + extrapolated * mix).astype(np.float32)
+    return interpolated * (1.0 - mix) + extrapolated * mix
+
+
+def rotation_tables(
+    ropes: tuple[RopeConfig, ...], context: int, factors: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of every position up to a context length, as two small tables.
+
+    A position is split into a multiple of FINE_POSITIONS and a rest, whose rotations the device combines by the
+    addition theorem: exact to float32 at any length, where an angle in float32 loses digits as it grows.
+
+    Args:
+        ropes: kinds of rotation, of equal dim.
+        context: positions to cover.
+        factors: for the first kind, see inverse_frequencies.
+
+    Returns:
+        coarse float32 [kinds + 1, ceil(context / FINE_POSITIONS), 2, dim / 2] and fine float32
+        [kinds + 1, FINE_POSITIONS, 2, dim / 2], cosines before sines. The last kind rotates by nothing. A kind's
+        magnitude is in its coarse table.
+    """
+    coarse, fine = [], []
+    for kind, rope in enumerate(ropes):
+        frequencies = inverse_frequencies(rope, factors if kind == 0 else None)
+        steps = np.arange(-(-context // FINE_POSITIONS))[:, None] * FINE_POSITIONS * frequencies
+        rests = np.arange(FINE_POSITIONS)[:, None] * frequencies
+        coarse.append(np.stack([np.cos(steps), np.sin(steps)], axis=1) * rope.magnitude)
+        fine.append(np.stack([np.cos(rests), np.sin(rests)], axis=1))
+    for tables in (coarse, fine):
+        tables.append(np.zeros_like(tables[0]))
+        tables[-1][:, 0] = 1.0
+    return np.stack(coarse).astype(np.float32), np.stack(fine).astype(np.float32)

@@ -23,11 +23,6 @@ class LayerWeights:
         stack, index = self.places[role]
         return self.params.vectors[stack][index]
 
-    def dense(self, role: str) -> jax.Array:
-        """A small matrix, dequantized: float32."""
-        stack, index = self.places[role]
-        return jax.tree.map(lambda a: a[index], self.params.stacks[stack]).dequantize()
-
     def linear(self, x: jax.Array, name: str) -> jax.Array:
         """float32 [..., K] -> float32 [..., N], bias included where the layer has one."""
         stack, index = self.places[f"{name}.weight"]
