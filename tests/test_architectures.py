@@ -27,10 +27,11 @@ REFUSED = {
 SUPPORTED = [case for case in tiny_models.CASES if case not in REFUSED]
 
 LLAMA_CPP_DISTANCES = json.loads((GOLDENS.parent / "packed_distances.json").read_text())
-# Five types, every architecture, two signatures of layers; the other types and combinations run with -m slow.
+# Five types, two signatures of layers, experts, a fused matrix, latent attention. All other types, and every architecture
+# in the five types, run with -m slow.
 DEFAULT_QUANTIZED = {
-    *("llama-Q8_0", "llama-Q4_K", "llama-Q6_K", "llama-IQ4_XS", "llama-IQ3_S", "llama-Q4_K_M", "gpt-oss-MXFP4"),
-    *(f"{architecture}-Q4_K" for architecture in tiny_models.WIDE),
+    *("llama-Q8_0", "llama-Q4_K", "llama-Q6_K", "llama-IQ4_XS", "llama-IQ3_S", "llama-Q4_K_M"),
+    *("gpt-oss-MXFP4", "llama-moe-Q4_K", "phi3-Q6_K", "deepseek2-IQ4_XS"),
 }
 
 
@@ -95,6 +96,20 @@ def test_packed_weights_agree_with_the_reference(case: str, path: Path) -> None:
     distance = nmse(reference_model.reference_logits(path, tokens), realm_logits(path, tokens))
     print(f"{case}: NMSE from the float reference {distance:.1e}; llama.cpp's own {LLAMA_CPP_DISTANCES[case]:.1e}")
     assert distance <= 1e-5
+
+
+def test_constants_converters_copy_change_nothing(path: Path) -> None:
+    """gpt-oss and deepseek2 files carry YaRN's usual betas, OLMo 3 its usual magnitude."""
+    spec = tiny_models.tiny_spec("gpt-oss-yarn")
+    spec.metadata |= {
+        "gpt-oss.rope.scaling.yarn_beta_fast": 32.0,
+        "gpt-oss.rope.scaling.yarn_beta_slow": 1.0,
+        "gpt-oss.rope.scaling.yarn_ext_factor": 1.0,
+        "gpt-oss.rope.scaling.yarn_attn_factor": 1.3465736,  # 1 + 0.1 ln 32
+    }
+    tiny_models.write_spec(spec, path, label="gpt-oss-yarn")
+    expected = golden("gpt-oss-yarn")
+    assert nmse(expected["logits"], realm_logits(path, expected["tokens"])[expected["positions"]]) <= 1e-4
 
 
 # Refusals
@@ -162,6 +177,8 @@ def _drop_tensor(name: str) -> Callable[[ModelSpec], None]:
         ("llama", _add_tensor("blk.2.attn_k.weight", 32, 32), GGUFError, r"blk.2.attn_k.weight has shape \(32, 32\)"),
         ("llama", _add_tensor("rope_freqs.weight", 9), GGUFError, "rope_freqs.weight"),
         ("llama", _add_tensor("token_embd.weight", 287, 64), GGUFError, "token_embd.weight has 287 rows"),
+        ("llama-yarn", _set("llama.rope.scaling.yarn_beta_fast", 4.0), UnsupportedModelError, "yarn_beta_fast is 4"),
+        ("llama-yarn", _set("llama.rope.scaling.yarn_log_multiplier", 0.1), UnsupportedModelError, "yarn_log_mult"),
         ("llama-moe", _set("llama.expert_used_count", 6), GGUFError, "expert_used_count is 6"),
         ("llama-moe", _drop_tensor("blk.0.ffn_gate_inp.weight"), GGUFError, "blk.0.ffn_gate_inp.weight is missing"),
         ("qwen2", _add_tensor("rope_freqs.weight", 8), UnsupportedModelError, "rope_freqs.weight"),
