@@ -27,8 +27,8 @@ REFUSED = {
 SUPPORTED = [case for case in tiny_models.CASES if case not in REFUSED]
 
 LLAMA_CPP_DISTANCES = json.loads((GOLDENS.parent / "packed_distances.json").read_text())
-# Five types, two signatures of layers, experts, a fused matrix, latent attention. All other types, and every architecture
-# in the five types, run with -m slow.
+# Five types, two signatures of layers, experts, a fused matrix, latent attention. All other types, and every
+# architecture in the five types, run with -m slow.
 DEFAULT_QUANTIZED = {
     *("llama-Q8_0", "llama-Q4_K", "llama-Q6_K", "llama-IQ4_XS", "llama-IQ3_S", "llama-Q4_K_M"),
     *("gpt-oss-MXFP4", "llama-moe-Q4_K", "phi3-Q6_K", "deepseek2-IQ4_XS"),
