@@ -355,3 +355,16 @@ def test_chat_with_the_default_model(realm: Realm, smollm2_path: Path) -> None:
     result = json.loads(realm("generate", smollm2_path, *question, "--system", "Be brief.", "--json").out)
     assert result["usage"]["prompt_tokens"] > 20  # the template was applied
     assert result["text"]
+
+
+def test_bench_reports_every_figure(realm: Realm, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from realm_jax import bench
+
+    monkeypatch.setattr(bench, "_DECODED", 4)
+    done = realm("bench", tiny, "--json")
+    assert done.code == 0, done.err
+    figures = json.loads(done.out)
+    rates = {"prefill_128", "prefill_256", "decode_1", "decode_2", "decode_4", "decode_8"}
+    assert rates <= set(figures)
+    assert all(figures[rate] > 0 for rate in rates)
+    assert 0 < figures["resident_bytes"] <= 1.25 * figures["file_bytes"] + 4096
