@@ -14,7 +14,12 @@ MAX_LAYERS = 1024
 DEFAULT_CONTEXT = 4096
 
 # Written by converters for people and tools; none of these changes what a decoder computes.
-_INFORMATIONAL = ("vocab_size", "tensor_data_layout", "expert_chunk_feed_forward_length")
+_INFORMATIONAL = (
+    "vocab_size",
+    "tensor_data_layout",
+    "expert_chunk_feed_forward_length",
+    "attention.layer_norm_epsilon",  # of layer norms; ours are RMS norms
+)
 
 
 @dataclass(frozen=True)
