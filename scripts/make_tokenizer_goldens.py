@@ -11,6 +11,7 @@ import lzma
 import sys
 import tempfile
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,6 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import itertools
 
 from text_corpus import NASTY, corpus  # noqa: E402
 from text_vocabularies import GOLDENS, cases, charsmap  # noqa: E402
@@ -96,7 +95,7 @@ def train_merges(texts: list[str], limit: int) -> list[tuple[str, str]]:
     words = [list(text) for text in texts]
     merges = []
     while len(merges) < limit:
-        pairs = Counter(pair for word in words for pair in itertools.pairwise(word))
+        pairs = Counter(pair for word in words for pair in pairwise(word))
         if not pairs:
             break
         best = max(pairs, key=lambda pair: (pairs[pair], -len(pair[0] + pair[1]), pair))
@@ -267,7 +266,7 @@ def main() -> None:
     nasty = [text for group in NASTY.values() for text in group]
     no_nul = [text.replace("\0", "") for text in nasty]  # llama.cpp's tokens end at a NUL
     vocabularies = {
-        "byte_level": byte_level_vocabulary(nasty),
+        "byte_level": byte_level_vocabulary([*nasty, *(word for text in nasty for word in text.split())]),
         "raw": raw_vocabulary(no_nul),
         "spm": spm_vocabulary(no_nul),
         "wpm": wordpiece_vocabulary(no_nul),

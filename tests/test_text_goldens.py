@@ -36,7 +36,7 @@ def test_ids_equal_llama_cpp(case: Case, goldens: dict[str, dict]) -> None:
     assert sorted(tokenizer.eog_ids) == goldens[case.name]["ends"]
 
 
-# llama.cpp reads the plain UTF-8 of the "whitespace" model as stand-ins for bytes; its pieces are no reference.
+# llama.cpp reads the plain UTF-8 of the "whitespace" model as stand-ins for bytes: no reference.
 DECODED = [case for case in CASES.values() if case.detailed and "whitespace" not in case.name]
 
 

@@ -302,7 +302,6 @@ _STAGES: dict[str, tuple[_Stage, ...]] = {
         ),
     ),
     "superbpe": (_categories(r"\p{N}+"), _Stage(_before_digit_triples, collapsed=False)),
-    "bailingmoe": (_categories("|".join([_SUFFIX, _WORD, r"\p{N}", _PUNCTUATION, r"\s*[\r\n]|\s+(?!\S)|\s+"])),),
     "seed-coder": (_categories("|".join([_SUFFIX, _WORD, r"\p{N}", r" ?[^\s\p{L}\p{N}\r\n]+", _SPACES])),),
     "ufakzeka": (_categories("|".join([_WORD, r"\p{N}", _PUNCTUATION, _SPACES])),),
     "afmoe": (
@@ -412,7 +411,10 @@ _NAMES: dict[str, tuple[Sequence[str], str, dict[str, bool]]] = {
     "sarvam-moe": (("sarvam-moe",), "newlines", _SPM_LIKE | _KEEP),
     "whitespace": (("whitespace",), "whitespace", {"byte_encode": False}),
     "qwen2": (
-        ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "hunyuan", "grok-2", "solar-open"),
+        (
+            *("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "hunyuan", "grok-2", "solar-open"),
+            *("bailingmoe", "bailingmoe2", "llada-moe"),
+        ),
         "qwen2",
         _KEEP,
     ),
@@ -431,7 +433,6 @@ _NAMES: dict[str, tuple[Sequence[str], str, dict[str, bool]]] = {
     "granite-embed": (("granite-embed-multi-97m",), "granite-embed", _KEEP | {"ignore_merges": True}),
     "tiny_aya": (("tiny_aya", "cohere2moe"), "tiny_aya", _KEEP),
     "superbpe": (("superbpe",), "superbpe", _KEEP),
-    "bailingmoe": (("bailingmoe", "bailingmoe2", "llada-moe"), "bailingmoe", _KEEP),
     "seed-coder": (("seed-coder",), "seed-coder", _KEEP),
     "kimi-k2": (("kimi-k2",), "kimi-k2", _KEEP | {"split_han": True}),
     "ufakzeka": (("ufakzeka",), "ufakzeka", _KEEP),
