@@ -64,7 +64,8 @@ def expert_matmul(
 
 def take_rows(arrays: Arrays, fmt: Format, ids: jax.Array) -> jax.Array:
     """Rows ``ids`` [...] int32 of a packed weight [N, K] -> float32 [..., K]. Ids outside 0..N-1 are clamped."""
-    return dequantize({name: a.at[ids].get(mode="clip") for name, a in arrays.items()}, fmt)
+    ids = jnp.clip(ids, 0, next(iter(arrays.values())).shape[0] - 1)
+    return dequantize({name: a[ids] for name, a in arrays.items()}, fmt)
 
 
 def _check(x: Any, arrays: Arrays, fmt: Format, ndim: int) -> None:

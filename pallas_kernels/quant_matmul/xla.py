@@ -29,10 +29,12 @@ def matmul(x: jax.Array, arrays: dict[str, Any], fmt: Format, lead: tuple[Any, .
 
     def dot(start):  # [M, tile]
         weight = _dequantize(_slice(arrays, lead, start, tile), fmt, start if tile < n else x)
+        if n == 1:  # a lone column would take matrix-vector code too
+            weight = jnp.concatenate([weight, weight])
         return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
 
     if tile == n:
-        return dot(0)[:m]
+        return dot(0)[:m, :n]
 
     def step(i, out):
         start = jnp.minimum(i * tile, n - tile)  # the last tile overlaps its neighbour when N is no multiple

@@ -1,6 +1,6 @@
 """Quantized weights: from the file's blocks to the kernels' arrays."""
 
-from .pack import format_of, pack, packed_spec
+from .packing import format_of, pack, packed_spec
 from .tensor import QuantizedTensor
 
 __all__ = ["QuantizedTensor", "format_of", "pack", "packed_spec"]
