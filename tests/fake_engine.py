@@ -1,0 +1,98 @@
+"""A runner and a tokenizer without a model: logits are a hash of the tokens found through the page tables.
+
+The fake runner keeps tokens in pages as the real one keeps keys and values. A wrong table, a page shared by two
+sequences, a wrong start or an uncomputed token therefore changes the hash, and with it every later token.
+"""
+
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from realm_jax.engine.buckets import Buckets
+from realm_jax.engine.request import Request
+from realm_jax.sampling_params import SamplingParams
+
+VOCAB = 300
+BOS, EOS, SPECIAL = 256, 257, 258
+PAGE, CHUNK = 4, 16
+EMPTY = -9
+
+
+def fake_logits(tokens) -> np.ndarray:
+    """float32 [VOCAB] that depend on every one of the tokens; lower-case letters are likely, EOS is not."""
+    digest = hashlib.blake2b(np.asarray(tokens, np.int32).tobytes(), digest_size=8).digest()
+    logits = np.random.default_rng(int.from_bytes(digest, "little")).normal(size=VOCAB).astype(np.float32)
+    logits[97:123] += 4
+    logits[EOS] = -20
+    return logits
+
+
+class FakeRunner:
+    """Stands in for engine.runner.Runner. `before_step`, if set, is called with each step's rows."""
+
+    def __init__(self, max_batch=4, num_pages=64, max_pages_per_slot=16, chunk=CHUNK):
+        self.max_batch = max_batch
+        self.chunk = chunk
+        self.page_size = PAGE
+        self.num_pages = num_pages
+        self.max_pages_per_slot = max_pages_per_slot
+        self.vocab_size = VOCAB
+        self.buckets = Buckets(rows=Buckets.up_to(max_batch).rows, tokens=(1, 4, chunk))
+        self.pool = np.full((num_pages, PAGE), EMPTY, np.int32)
+        self.steps: list[list[tuple[int, int]]] = []  # per step, (start, tokens) of each row
+        self.overrides: dict[bytes, np.ndarray] = {}  # logits after exactly these tokens
+        self.before_step = None
+
+    def sequence(self, table, length):
+        pages = table[: -(-length // PAGE)]
+        return self.pool[pages].reshape(-1)[:length]
+
+    def step(self, tokens, starts, tables) -> jax.Array:
+        if self.before_step is not None:
+            self.before_step(tokens, starts)
+        assert 1 <= len(tokens) <= self.max_batch
+        assert tables.shape == (len(tokens), self.max_pages_per_slot)
+        assert tables.dtype == np.int32
+        self.steps.append([(start, len(row)) for row, start in zip(tokens, starts)])
+        for row, start, table in zip(tokens, starts, tables):
+            assert 1 <= len(row) <= self.chunk
+            for i, token in enumerate(row):
+                at = start + i
+                self.pool[table[at // PAGE], at % PAGE] = token
+        out = np.full((self.buckets.row_bucket(len(tokens)), VOCAB), np.nan, np.float32)  # padding must not matter
+        for i, (row, start, table) in enumerate(zip(tokens, starts, tables)):
+            known = self.sequence(table, start + len(row))
+            out[i] = self.overrides.get(known.tobytes(), fake_logits(known))
+        return jnp.asarray(out)
+
+
+class FakeTokenizer:
+    """Bytes are tokens 0 .. 255; then BOS, EOS and a control token."""
+
+    add_space_prefix = False
+    eog_ids = frozenset({EOS})
+    vocab_size = VOCAB
+
+    def is_special(self, token):
+        return token in (BOS, EOS, SPECIAL)
+
+    def token_bytes(self, token):
+        return bytes([token]) if token < 256 else b"?"
+
+
+def make_request(prompt, context_length=64, seed=0, max_tokens=20, **params) -> Request:
+    params["max_tokens"] = max_tokens
+    ids = (
+        np.frombuffer(prompt, np.uint8).astype(np.int32) if isinstance(prompt, bytes) else np.asarray(prompt, np.int32)
+    )
+    return Request(ids, SamplingParams(**params), seed=seed, tokenizer=FakeTokenizer(), context_length=context_length)
+
+
+def expected_greedy(prompt: bytes, count: int) -> list[int]:
+    """What greedy decoding gives, computed without an engine."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(fake_logits(tokens).argmax()))
+    return tokens[len(prompt) :]
