@@ -18,6 +18,7 @@ contracts a multiply and an add still gives the reference's bits.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -87,7 +88,7 @@ class Format:
                 out["super_mins"] = ((*lead, k // self.block), np.dtype(np.float16))
         return out
 
-    def columns(self, arrays) -> int:
+    def columns(self, arrays: dict[str, Any]) -> int:
         """K, read from the packed arrays."""
         if self.dense:
             return arrays["values"].shape[-1]
@@ -114,7 +115,10 @@ def _width(groups: int, stored: str) -> int:
     return groups // 2 if stored == "u4" else groups
 
 
-_K = {"block": 256, "has_super": True}
+def _super(name: str, planes: tuple[int, ...], group: int, scale: str, **rest: Any) -> Format:
+    """A format in blocks of 256 with a float16 each."""
+    return Format(name, 256, planes, group, scale, has_super=True, **rest)
+
 
 FORMATS: dict[str, Format] = {
     f.name: f
@@ -133,23 +137,23 @@ FORMATS: dict[str, Format] = {
         Format("Q8_K", 256, (8,), 256, scale="f32"),
         Format("Q1_0", 128, (1,), 128, table=(-1, 1)),
         Format("Q2_0", 64, (2,), 64, bias=1),
-        Format("Q2_K", planes=(2,), group=16, scale="u4", mins="u4", **_K),
-        Format("Q3_K", planes=(2, 1), group=16, scale="i8", bias=4, **_K),
-        Format("Q4_K", planes=(4,), group=32, scale="u8", mins="u8", **_K),
-        Format("Q5_K", planes=(4, 1), group=32, scale="u8", mins="u8", **_K),
-        Format("Q6_K", planes=(4, 2), group=16, scale="i8", bias=32, **_K),
+        _super("Q2_K", (2,), 16, "u4", mins="u4"),
+        _super("Q3_K", (2, 1), 16, "i8", bias=4),
+        _super("Q4_K", (4,), 32, "u8", mins="u8"),
+        _super("Q5_K", (4, 1), 32, "u8", mins="u8"),
+        _super("Q6_K", (4, 2), 16, "i8", bias=32),
         Format("TQ1_0", 256, (2,), 256, bias=1),
         Format("TQ2_0", 256, (2,), 256, bias=1),
         Format("MXFP4", 32, (4,), 32, scale="e8m0", table=_E2M1),
         Format("NVFP4", 64, (4,), 16, scale="ue4m3", table=_E2M1),
         Format("IQ4_NL", 32, (4,), 32, table=_IQ4),
-        Format("IQ4_XS", planes=(4,), group=32, scale="i8", table=_IQ4, **_K),
-        Format("IQ2_XXS", planes=(2, 1), group=32, scale="u4", scale_mul=0.25, scale_add=0.125, table=_IQ2, **_K),
-        Format("IQ2_XS", planes=(2, 1), group=16, scale="u4", scale_mul=0.25, scale_add=0.125, table=_IQ2, **_K),
-        Format("IQ2_S", planes=(2, 1), group=16, scale="u4", scale_mul=0.25, scale_add=0.125, table=_IQ2, **_K),
-        Format("IQ3_XXS", planes=(4,), group=32, scale="u4", scale_mul=0.5, scale_add=0.25, table=_IQ3_XXS, **_K),
-        Format("IQ3_S", planes=(4,), group=32, scale="u4", scale_mul=2.0, scale_add=1.0, table=_IQ3_S, **_K),
-        Format("IQ1_S", planes=(2,), group=32, scale="iq1s", scale_mul=2.0, scale_add=1.0, bias=1, **_K),
-        Format("IQ1_M", planes=(2,), group=16, scale="iq1m", scale_mul=2.0, scale_add=1.0, bias=1, **_K),
+        _super("IQ4_XS", (4,), 32, "i8", table=_IQ4),
+        _super("IQ2_XXS", (2, 1), 32, "u4", scale_mul=0.25, scale_add=0.125, table=_IQ2),
+        _super("IQ2_XS", (2, 1), 16, "u4", scale_mul=0.25, scale_add=0.125, table=_IQ2),
+        _super("IQ2_S", (2, 1), 16, "u4", scale_mul=0.25, scale_add=0.125, table=_IQ2),
+        _super("IQ3_XXS", (4,), 32, "u4", scale_mul=0.5, scale_add=0.25, table=_IQ3_XXS),
+        _super("IQ3_S", (4,), 32, "u4", scale_mul=2.0, scale_add=1.0, table=_IQ3_S),
+        _super("IQ1_S", (2,), 32, "iq1s", scale_mul=2.0, scale_add=1.0, bias=1),
+        _super("IQ1_M", (2,), 16, "iq1m", scale_mul=2.0, scale_add=1.0, bias=1),
     )
 }

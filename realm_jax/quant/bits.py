@@ -31,11 +31,11 @@ def plane(codes: np.ndarray, bits: int) -> np.ndarray:
     if bits == 1:
         return np.packbits(codes, axis=1, bitorder="little")
     if bits == 2:
-        words = codes.view("<u4")
+        words = u32(codes)
         words = words | (words >> np.uint32(6))  # bytes 0 and 2 hold two codes each
         return (words | (words >> np.uint32(12))).astype(np.uint8)
-    words = codes.view("<u2")
-    return (words | (words >> np.uint16(4))).astype(np.uint8)
+    pairs = u16(codes)
+    return (pairs | (pairs >> np.uint16(4))).astype(np.uint8)
 
 
 def nibbles(small: np.ndarray) -> np.ndarray:

@@ -25,8 +25,8 @@ def _float64(b: np.ndarray) -> Packed:
 
 def _integer(dtype: str) -> Callable[[np.ndarray], Packed]:
     def unpack(b: np.ndarray) -> Packed:
-        values = b.view(dtype)
-        narrow = values.astype(np.int32)
+        values: np.ndarray = b.view(dtype)
+        narrow: np.ndarray = values.astype(np.int32)
         if not np.array_equal(values, narrow):
             raise UnsupportedModelError("an I64 tensor holds values outside int32")
         return {"values": narrow}

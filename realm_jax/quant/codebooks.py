@@ -65,14 +65,14 @@ def grid(name: str) -> np.ndarray:
 
     entries, width, scale, probe = _PROBES[name]
     at = np.arange(entries).reshape(-1, 256 // width)  # [blocks, indices a block]
-    scales = np.full((at.shape[0], 1), scale, "<f2").view(np.uint8)
+    scales = np.full((at.shape[0], 1), scale, np.float16).view(np.uint8)
     blocks = np.concatenate([scales, *(p.astype(np.uint8) for p in probe(at))], axis=1)
     values = dequantize(blocks, GGMLQuantizationType[name]).reshape(entries, width)
     if name == "IQ1_S":
-        codes = values - np.float32(0.125) + 1  # -1, 0, 1, all shifted by the positive delta
+        codes = (values - np.float32(0.125) + 1).astype(np.uint8)  # -1, 0, 1, all shifted by the positive delta
     else:
-        codes = np.searchsorted(_MAGNITUDES["IQ2" if name.startswith("IQ2") else name], values)
-    return np.ascontiguousarray(codes.astype(np.uint8)).view(np.uint64 if width == 8 else np.uint32)[:, 0]
+        codes = np.searchsorted(_MAGNITUDES["IQ2" if name.startswith("IQ2") else name], values).astype(np.uint8)
+    return np.ascontiguousarray(codes).view(np.uint64 if width == 8 else np.uint32)[:, 0]
 
 
 def _spelt(name: str, indices: np.ndarray) -> np.ndarray:
@@ -83,7 +83,7 @@ def _spelt(name: str, indices: np.ndarray) -> np.ndarray:
 @cache
 def _even_signs() -> np.ndarray:
     """Seven sign bits -> eight, the last making their number even: uint8 [128]."""
-    seven = np.arange(128, dtype=np.uint8)
+    seven: np.ndarray = np.arange(128, dtype=np.uint8)
     return seven | (np.bitwise_count(seven) & np.uint8(1)) << np.uint8(7)
 
 

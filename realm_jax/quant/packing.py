@@ -10,7 +10,7 @@ from realm_jax.errors import GGUFError, UnsupportedModelError
 
 from .blocks import BLOCKS
 
-CHUNK_BYTES = 2 << 20  # of the file: temporaries are a small multiple of it, whatever the tensor's size
+CHUNK_BYTES = 1 << 20  # of the file: temporaries are a small multiple of it, whatever the tensor's size
 
 
 def format_of(type: Any) -> Format:

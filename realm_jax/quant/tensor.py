@@ -1,5 +1,7 @@
 """A weight as the model holds it: packed arrays with their format."""
 
+from typing import Any
+
 import flax.struct
 import jax
 import numpy as np
@@ -22,7 +24,7 @@ class QuantizedTensor:
     arrays: as pallas_kernels.quant_matmul.formats describes. format: ggml's type name, static.
     """
 
-    arrays: dict[str, jax.Array]
+    arrays: dict[str, Any]
     format: str = flax.struct.field(pytree_node=False)
 
     @property
