@@ -12,7 +12,7 @@ _LONGEST_VALUE = 100
 
 
 def inspect(
-    file: Annotated[str, typer.Argument(help="A GGUF file, or the name of a downloaded model.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A GGUF file, or the name of a downloaded model.")],
     json: Json = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
 ) -> None:
@@ -68,8 +68,8 @@ def _value(value: Any) -> str:
 
 
 def tokenize(
-    model: Annotated[str, typer.Argument(help="A model, as for `realm generate`.")],
-    text: Annotated[str, typer.Argument(help='The text; "-" reads the standard input.')],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model, as for `realm generate`.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help='The text; "-" reads the standard input.')],
     json: Json = False,
     special: Annotated[
         bool, typer.Option("--special/--no-special", help="Add the tokens a prompt begins or ends with.")

@@ -11,8 +11,8 @@ from realm_jax.cli.progress import progress_bars
 
 
 def perplexity(
-    model: Annotated[str, typer.Argument(help="A model, as for `realm generate`.")],
-    textfile: Annotated[str, typer.Argument(help='A UTF-8 text; "-" reads the standard input.')],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model, as for `realm generate`.")],
+    textfile: Annotated[str, typer.Argument(metavar="TEXTFILE", help='A UTF-8 text; "-" reads the standard input.')],
     context_length: Annotated[int | None, typer.Option(help="Tokens per chunk.")] = None,
     backend: options.Backend = None,
     json: options.Json = False,

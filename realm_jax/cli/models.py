@@ -12,7 +12,10 @@ from realm_jax.cli.progress import progress_bars
 app = typer.Typer(help="List, fetch and remove models.", rich_markup_mode=None, invoke_without_command=True)
 
 Name = Annotated[
-    str, typer.Argument(help="A name of `realm models list`, or owner/name[:QUANT] on the Hugging Face hub.")
+    str,
+    typer.Argument(
+        metavar="NAME", help="A name of `realm models list`, or owner/name[:QUANT] on the Hugging Face hub."
+    ),
 ]
 
 

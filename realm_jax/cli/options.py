@@ -7,8 +7,9 @@ import typer
 Model = Annotated[
     str | None,
     typer.Argument(
+        metavar="MODEL",
         help="A GGUF file, a folder with one, a name of `realm models list`, or owner/name[:QUANT] on the Hugging Face "
-        "hub; left out, the small default model."
+        "hub; left out, the small default model.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -25,8 +26,8 @@ TypicalP = Annotated[float | None, typer.Option(help="Locally typical sampling; 
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Divides the logits of tokens seen before; 1: off.")]
 FrequencyPenalty = Annotated[float | None, typer.Option(help="Subtracted once per earlier occurrence.")]
 PresencePenalty = Annotated[float | None, typer.Option(help="Subtracted if a token occurred before.")]
-Stop = Annotated[list[str] | None, typer.Option(help="End before this text (may be repeated).")]
-StopTokenId = Annotated[list[int] | None, typer.Option(help="End at this token (may be repeated).")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text (may be repeated).")]
+StopTokenId = Annotated[list[int] | None, typer.Option(metavar="ID", help="End at this token (may be repeated).")]
 IgnoreEos = Annotated[bool | None, typer.Option("--ignore-eos", help="Go on after the end-of-generation token.")]
 
 
