@@ -260,8 +260,13 @@ def _silent(level: int, text: bytes, data: ctypes.c_void_p) -> None:
     """llama.cpp's log is of no interest here."""
 
 
-def main() -> None:
+def silence() -> None:
+    """Stop llama.cpp's log."""
     llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
+
+
+def main() -> None:
+    silence()
     GOLDENS.mkdir(parents=True, exist_ok=True)
     nasty = [text for group in NASTY.values() for text in group]
     no_nul = [text.replace("\0", "") for text in nasty]  # llama.cpp's tokens end at a NUL

@@ -3,7 +3,8 @@
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from operator import index
+from typing import Any, Protocol, SupportsIndex
 
 from ..errors import InvalidRequestError
 from ..gguf import open_gguf
@@ -123,7 +124,8 @@ class Tokenizer:
         Raises InvalidRequestError for an id outside the vocabulary."""
         known = self._bytes.get(id)
         if known is None:
-            known = self._bytes[self._checked(id)] = self._token_bytes(id)
+            id = self._checked(id)
+            known = self._bytes[id] = self._token_bytes(id)
         return known
 
     def token_text(self, id: int) -> str:
@@ -139,6 +141,9 @@ class Tokenizer:
         return bool(self._vocabulary.attrs[self._checked(id)] & _HIDDEN)
 
     def _checked(self, id: int) -> int:
+        if not isinstance(id, SupportsIndex):
+            raise InvalidRequestError(f"token id {id!r} is not an integer")
+        id = index(id)
         if not 0 <= id < self.vocab_size:
             raise InvalidRequestError(f"token id {id} is outside the vocabulary of {self.vocab_size} tokens")
         return id
