@@ -91,31 +91,28 @@ def _download(source: WheelFile, work: Path, what: str, needed: int, progress: P
     """Run `pip download` into `work` and return the wheel's path, telling `progress` how the file grows."""
     store.make_private(work)
     temporary = work / "tmp"
-    arriving = temporary / "wheel"
-    arriving.mkdir(parents=True)
+    temporary.mkdir()
     command = [sys.executable, "-P", "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
-    command += ["--no-deps", "--only-binary", ":all:", "--progress-bar", "off", "--dest", str(arriving)]
-    command.append(str(source))
-    # pip unpacks into TMPDIR: a small /tmp must not matter, and the growing file is how progress is seen.
-    environment = os.environ | {"TMPDIR": str(temporary)}
+    command += ["--no-deps", "--only-binary", ":all:", "--progress-bar", "off", "--dest", str(work), str(source)]
+    # pip downloads into TMPDIR: a small /tmp must not matter, and the growing file is how progress is seen.
+    # A pip that can take a dropped connection up again (25.1) should; an older one does not read the second variable.
+    environment = {"PIP_RESUME_RETRIES": "5"} | os.environ | {"TMPDIR": str(temporary)}
     try:
         with tempfile.TemporaryFile(dir=temporary) as log:
             with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment) as pip:
                 try:
-                    _watch(pip, temporary, f"downloading {what}", source.wheel_size, progress)
+                    _watch(pip, work, f"downloading {what}", source.wheel_size, progress)
                 except BaseException:  # Ctrl-C included: never leave pip running behind our back
                     pip.terminate()
                     raise
             if pip.returncode != 0:
                 raise _pip_error(log, source, work, what, needed)
-        wheels = list(arriving.glob("*.whl"))
-        if len(wheels) != 1:
-            raise DownloadError(f"pip left {len(wheels)} wheels for {source}, not one")
-        wheel = work / wheels[0].name
-        os.replace(wheels[0], wheel)
-        return wheel
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    wheels = list(work.glob("*.whl"))
+    if len(wheels) != 1:
+        raise DownloadError(f"pip left {len(wheels)} wheels for {source}, not one")
+    return wheels[0]
 
 
 def _watch(pip: "subprocess.Popen[bytes]", folder: Path, what: str, total: int, progress: Progress | None) -> None:
