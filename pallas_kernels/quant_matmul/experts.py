@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-BLOCK_ROWS = 32
+MIN_BLOCK, MAX_BLOCK = 8, 128  # rows
 
 
 def for_each_expert(
@@ -19,7 +19,8 @@ def for_each_expert(
     for one row and for thousands, so that a row's bits do not depend on the others.
     """
     m = x.shape[0]
-    block = min(BLOCK_ROWS, m)
+    # About twice an expert's fair share: few experts are dequantized twice, and few rows of a block are padding.
+    block = min(m, MAX_BLOCK, max(MIN_BLOCK, 2 * -(-m // experts)))
     ids = jnp.clip(expert_ids, 0, experts - 1)
     order = jnp.argsort(ids, stable=True)  # [M] rows, grouped by expert
     counts = jnp.zeros(experts, jnp.int32).at[ids].add(1)

@@ -76,7 +76,7 @@ class Format:
         *lead, k = shape
         if k % self.block:
             raise ValueError(f"{self.name}: a row of {k} elements is not a multiple of the block of {self.block}")
-        out = {}
+        out: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
         for name, bits in zip(("codes", "high"), self.planes):
             out[name] = ((*lead, k), np.dtype(np.int8)) if bits == 8 else ((*lead, k * bits // 32), np.dtype(np.uint32))
         out["scales"] = ((*lead, _width(k // self.group, self.scale)), np.dtype(_DTYPES[self.scale]))

@@ -65,7 +65,7 @@ def grid(name: str) -> np.ndarray:
 
     entries, width, scale, probe = _PROBES[name]
     at = np.arange(entries).reshape(-1, 256 // width)  # [blocks, indices a block]
-    scales = np.full((at.shape[0], 1), scale, np.float16).view(np.uint8)
+    scales: np.ndarray = np.full((at.shape[0], 1), scale, np.float16).view(np.uint8)
     blocks = np.concatenate([scales, *(p.astype(np.uint8) for p in probe(at))], axis=1)
     values = dequantize(blocks, GGMLQuantizationType[name]).reshape(entries, width)
     if name == "IQ1_S":
