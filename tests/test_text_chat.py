@@ -143,7 +143,8 @@ BOMBS = {
     "many bytes": "{{ (1).to_bytes(10**11) }}",
     "long output": "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
     "doubling text": "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-    "doubling lists": "{% set n = namespace(x=1) %}{% for i in range(60) %}{% set n.x = [n.x] * 2 %}{% endfor %}{{ n.x }}",
+    "doubling lists": "{% set n = namespace(x=1) %}"
+    "{% for i in range(60) %}{% set n.x = [n.x] * 2 %}{% endfor %}{{ n.x }}",
     "a large power": "{{ (10**7) ** (10**7) }}",
     "a slow constant": "{{ 'x' | center(10**8) | replace('', 'yyyyyyyyyy') | length }}",
     "a slow sort": "{{ range(99999) | map('string') | map('center', 9999) | sort | join | length }}",
