@@ -193,3 +193,27 @@ def test_special_ids_are_none_where_the_file_has_none() -> None:
     metadata = vocabulary("byte_level", pre="gpt-2", bos_token_id=None, eos_token_id=None, padding_token_id=None)
     tokenizer = load_tokenizer(metadata)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.sep_id) == (None, None, None, None)
+
+
+ODD_VALUES = [
+    *(None, True, -1, 0, 3, 2**63, 0.5, float("nan"), "", "x", "\udcff", [], [1], ["a"], ["", ""], [True], [0.5] * 4),
+    *(np.zeros(0, np.uint8), np.full(9, 200, np.uint8), np.zeros(3071, np.int32), np.zeros((2, 2)), {"a": 1}, b"x"),
+]
+
+
+@pytest.mark.parametrize("name", ["byte_level", "raw", "spm", "wpm", "ugm"])
+def test_any_value_of_any_key_loads_or_is_a_typed_error(name: str) -> None:
+    good = vocabulary(name, pre={"byte_level": "gpt-2", "raw": "gemma4"}.get(name))
+    good |= {"general.name": "x", "tokenizer.ggml.precompiled_charsmap": list(charsmap())}
+    flags = ("add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces", "pre")
+    flags += ("normalizer.lowercase", "normalizer.strip_accents", "eot_token_id", "mask_token_id")
+    refused = 0
+    for key in [*good, *(f"tokenizer.ggml.{flag}" for flag in flags)]:
+        for value in ODD_VALUES:
+            changed = {other: entry for other, entry in (good | {key: value}).items() if entry is not None}
+            try:
+                load_tokenizer(changed).encode("a <s> é\n", parse_special=True)
+            except RealmError as error:
+                refused += 1
+                assert "\n" not in str(error)  # noqa: PT017 (a refusal is one of two right outcomes)
+    assert refused > 50
