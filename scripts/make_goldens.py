@@ -7,6 +7,7 @@ Needs llama-cpp-python (the oracle; no part of realm_jax needs it), gguf and num
     python scripts/make_goldens.py              # all cases
     python scripts/make_goldens.py llama gemma2 # some
     python scripts/make_goldens.py --quantized  # llama.cpp's distance from the reference on packed weights
+    python scripts/make_goldens.py --perplexity SmolLM2-135M-Instruct.Q4_1.gguf  # of the file LICENSE
 
 llama.cpp runs with flash attention off and a float32 key/value cache, so that with float32 weights its logits differ
 from exact arithmetic only by rounding (and, for gemma, its half-precision GELU table). Each file holds the token ids,
@@ -33,6 +34,7 @@ import tiny_models  # noqa: E402  (lives in tests/, put on the path above)
 
 GOLDENS = REPOSITORY / "tests" / "golden" / "logits"
 DISTANCES = REPOSITORY / "tests" / "golden" / "packed_distances.json"
+PERPLEXITY = REPOSITORY / "tests" / "golden" / "perplexity.json"
 EVERY = 4
 
 
@@ -75,6 +77,25 @@ def llama_cpp_logits(path: Path, tokens: list[int], context: int) -> np.ndarray:
         llama_cpp.llama_model_free(model)
 
 
+def llama_cpp_perplexity(path: Path, text: str, context: int = 512) -> tuple[float, int]:
+    """llama.cpp's perplexity and its number of chunks: chunks do not overlap, and the second half of each is scored."""
+    import llama_cpp
+
+    vocabulary = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    add_bos = bool(llama_cpp.llama_vocab_get_add_bos(vocabulary._model.vocab))
+    tokens = vocabulary.tokenize(text.encode(), add_bos=add_bos)
+    losses = []
+    for at in range(0, len(tokens) - context + 1, context):
+        chunk = tokens[at : at + context]
+        if add_bos:
+            chunk[0] = vocabulary.token_bos()
+        logits = llama_cpp_logits(path, chunk, context)[context // 2 : -1].astype(np.float64)
+        logits -= logits.max(1, keepdims=True)
+        wanted = np.array(chunk[context // 2 + 1 :])[:, None]
+        losses.append(np.log(np.exp(logits).sum(1)) - np.take_along_axis(logits, wanted, 1)[:, 0])
+    return float(np.exp(np.concatenate(losses).mean())), len(losses)
+
+
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 def _log_errors(level: int, text: bytes, _: ctypes.c_void_p) -> None:
     if level == 4:  # GGML_LOG_LEVEL_ERROR
@@ -91,6 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help="cases of tests/tiny_models.py (default: all)")
     parser.add_argument("--quantized", action="store_true", help="packed models, distances only")
+    parser.add_argument("--perplexity", metavar="MODEL", type=Path, help="only this: llama.cpp's perplexity on LICENSE")
     arguments = parser.parse_args()
     table = tiny_models.QUANTIZED_CASES if arguments.quantized else tiny_models.CASES
     unknown = [case for case in arguments.cases if case not in table]
@@ -102,6 +124,12 @@ def main() -> None:
 
     llama_cpp.llama_log_set(_log_errors, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
+    if arguments.perplexity:
+        value, chunks = llama_cpp_perplexity(arguments.perplexity, (REPOSITORY / "LICENSE").read_text())
+        print(f"perplexity {value:.4f} over {chunks} chunks of 512 tokens")
+        record = {"text": "LICENSE", "context_length": 512, "chunks": chunks, "llama.cpp": round(value, 4)}
+        PERPLEXITY.write_text(json.dumps(record, indent=1) + "\n")
+        return
     tokens = tiny_models.token_ids()
     GOLDENS.mkdir(parents=True, exist_ok=True)
     distances = {}

@@ -1,5 +1,6 @@
-"""SmolLM2-135M-Instruct against the float reference: the same greedy tokens on ten prompts."""
+"""SmolLM2-135M-Instruct: greedy tokens on ten prompts against the float reference, perplexity against llama.cpp's."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -55,3 +56,11 @@ def test_logits_are_the_references(llm: LLM, reference: ReferenceModel) -> None:
     expected = reference.logits(tokens).astype(np.float64)
     error = ((llm.logits(tokens) - expected) ** 2).sum() / (expected**2).sum()
     assert error <= 1e-6
+
+
+def test_perplexity_is_llama_cpps(llm: LLM) -> None:
+    golden = json.loads((Path(__file__).parent / "golden" / "perplexity.json").read_text())
+    text = (Path(__file__).parent.parent / golden["text"]).read_text()
+    ours = llm.perplexity(text, golden["context_length"])
+    print(f"perplexity {ours:.4f}; llama.cpp {golden['llama.cpp']}")
+    assert ours == pytest.approx(golden["llama.cpp"], rel=0.01)
