@@ -39,10 +39,10 @@ class LLM:
     def __init__(
         self,
         model: str | Path,
-        *,
         context_length: int | None = None,
         max_batch: int = 8,
         backend: Literal["auto", "xla", "native", "pallas"] = "auto",
+        *,
         progress: Progress | None = None,
         **options: Any,
     ):
@@ -99,12 +99,17 @@ class LLM:
         return self.config.context_length
 
     @overload
-    def generate(self, prompts: str, params: SamplingParams | None = None, **options: Any) -> Result: ...
+    def generate(
+        self, prompts: str | list[int] | np.ndarray, params: SamplingParams | None = None, **options: Any
+    ) -> Result: ...
 
     @overload
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: Any = None, **options: Any
-    ) -> Result | list[Result]: ...
+        self,
+        prompts: list[str] | list[list[int]] | list[np.ndarray],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
+    ) -> list[Result]: ...
 
     def generate(
         self,

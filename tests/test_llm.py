@@ -1,11 +1,13 @@
 """The public class LLM on tiny random models: what it returns, that company does not matter, and what it refuses."""
 
 import dataclasses
+import gc
 import json
 import math
 import os
 import signal
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -493,6 +495,15 @@ def test_what_is_no_model(model):
 def test_a_missing_file(tmp_path):
     with pytest.raises(ModelNotFoundError):
         LLM(tmp_path / "nowhere.gguf")
+
+
+def test_close_lets_go_of_the_weights(path):
+    llm = LLM(path, context_length=CONTEXT)
+    llm.generate("the", SamplingParams(max_tokens=2, presence_penalty=1.0))
+    weights = weakref.ref(llm._runner.model.params)
+    llm.close()
+    gc.collect()
+    assert weights() is None
 
 
 def test_use_after_close(path):

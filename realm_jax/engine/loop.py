@@ -45,7 +45,7 @@ class HostLoop:
     """Runs requests over one runner. All methods may be called from any thread."""
 
     def __init__(self, runner: Batches):
-        self._runner = runner
+        self._runner: Batches | None = runner
         self._sampler = Sampler(runner.max_batch, runner.vocab_size)
         self.scheduler: Scheduler[Request] = Scheduler(
             PageAllocator(runner.num_pages),
@@ -103,7 +103,7 @@ class HostLoop:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Cancels everything; after that the loop refuses requests."""
+        """Cancels everything and lets go of the runner; after that the loop refuses requests."""
         with interrupt_deferred(), self._changed:
             self._closed = True
             while self._driving:
@@ -112,6 +112,8 @@ class HostLoop:
             for request in [*self.scheduler.waiting, *self.scheduler.running]:
                 self.scheduler.remove(request)
                 request.cancel()
+            self._runner = None
+            self._sampler.reset()
             self._changed.notify_all()
 
     def exclusively(self, tokens: int, work: Callable[[np.ndarray], T]) -> T:
@@ -205,6 +207,7 @@ class HostLoop:
             raise
 
     def _run(self, rows: list[Row[Request]]) -> None:
+        assert self._runner is not None  # nothing runs in a closed loop
         tables = np.stack([row.sequence.table for row in rows])
         logits = self._runner.step([row.tokens for row in rows], [row.start for row in rows], tables)
         drawing = [row.sequence if row.samples else None for row in rows]
