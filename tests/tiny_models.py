@@ -10,7 +10,6 @@ first: a linear map is (out, in).
 """
 
 import hashlib
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType
+from random_blocks import RandomBits, random_blocks
+from tiny_vocabularies import VOCABULARY_SIZE, bpe_vocabulary, spm_vocabulary
 
 WINDOW = 12  # sliding window, in tokens: several times shorter than the token sequences of the tests
 TEST_TOKENS = 48
@@ -45,60 +46,6 @@ class ModelSpec:
     architecture: str
     metadata: dict[str, object]
     tensors: dict[str, TensorSpec] = field(default_factory=dict)
-
-
-# Tokenizers
-
-
-def _byte_characters() -> list[str]:
-    """GPT-2's printable stand-in for each of the 256 bytes."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    spare = iter(range(256, 512))
-    return [chr(b) if b in plain else chr(next(spare)) for b in range(256)]
-
-
-def bpe_vocabulary() -> dict[str, object]:
-    """A byte-level BPE vocabulary of 288 tokens: 256 bytes, 29 merges, and bos, eos, pad (285 to 287)."""
-    merges = [
-        *("Ġ t", "Ġ a", "h e", "i n", "r e", "o n", "Ġt he", "e r", "Ġ s", "a t", "Ġ w", "Ġ o", "e n", "Ġ c", "i t"),
-        *("i s", "a n", "o r", "e s", "Ġ b", "e d", "Ġ f", "in g", "Ġ p", "o u", "Ġa n", "a l", "a r", "Ġt o"),
-    ]
-    tokens = [*_byte_characters(), *("".join(pair.split(" ")) for pair in merges), "<|bos|>", "<|eos|>", "<|pad|>"]
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [1] * (len(tokens) - 3) + [3] * 3,
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.bos_token_id": len(tokens) - 3,
-        "tokenizer.ggml.eos_token_id": len(tokens) - 2,
-        "tokenizer.ggml.padding_token_id": len(tokens) - 1,
-        "tokenizer.ggml.add_bos_token": False,
-    }
-
-
-def spm_vocabulary() -> dict[str, object]:
-    """A SentencePiece vocabulary of 288 tokens: unk, bos, eos, 256 byte tokens, and 29 pieces with falling scores."""
-    pieces = [
-        *("▁", "e", "t", "a", "o", "i", "n", "s", "h", "r", "d", "l", "u", "▁t", "he"),
-        *("▁a", "in", "re", "on", "▁the", "er", "▁s", "at", "▁w", "▁o", "en", "▁c", "it", "is"),
-    ]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *pieces]
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": [0.0] * 259 + [-float(i) for i in range(len(pieces))],
-        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.add_bos_token": True,
-        "tokenizer.ggml.add_space_prefix": True,
-    }
-
-
-VOCABULARY_SIZE = 288
 
 
 def token_ids(count: int = TEST_TOKENS) -> list[int]:
@@ -604,95 +551,7 @@ QUANTIZED_CASES: Mapping[str, QuantizedCase] = {
     "gpt-oss-MXFP4": QuantizedCase(lambda: _gpt_oss(expert_type="MXFP4"), _all("F32")),
 }
 
-# Where each type keeps its f16 scale and f16 minimum (byte offsets within a block), and the minimum that centres its
-# values, as a multiple of the scale.
-_SCALES: dict[str, tuple[int, int | None, float]] = {
-    "Q4_0": (0, None, 0),
-    "Q4_1": (0, 2, -7.5),
-    "Q5_0": (0, None, 0),
-    "Q5_1": (0, 2, -15.5),
-    "Q8_0": (0, None, 0),
-    "Q2_K": (80, 82, 1.5),
-    "Q3_K": (108, None, 0),
-    "Q4_K": (0, 2, 7.5),
-    "Q5_K": (0, 2, 15.5),
-    "Q6_K": (208, None, 0),
-    "IQ1_S": (0, None, 0),
-    "IQ2_XXS": (0, None, 0),
-    "IQ2_XS": (0, None, 0),
-    "IQ2_S": (0, None, 0),
-    "IQ3_XXS": (0, None, 0),
-    "IQ3_S": (0, None, 0),
-    "IQ4_NL": (0, None, 0),
-    "IQ4_XS": (0, None, 0),
-    "TQ1_0": (52, None, 0),
-    "TQ2_0": (64, None, 0),
-}
-
-
-def _set_f16(blocks: np.ndarray, offset: int, values: np.ndarray) -> None:
-    blocks[:, offset : offset + 2] = values.astype("<f2").view(np.uint8).reshape(-1, 2)
-
-
-def _set_scales(name: str, blocks: np.ndarray, scale: np.ndarray) -> None:
-    """Writes each block's scale (float32 [blocks]) into its bytes, in place."""
-    if name == "IQ1_M":  # an f16 spread over the top four bits of four 16-bit words
-        bits = scale.astype("<f2").view(np.uint16)
-        for i in range(4):
-            high = (bits >> (4 * i)) & 0xF
-            blocks[:, 49 + 2 * i] = (blocks[:, 49 + 2 * i] & 0x0F) | (high << 4).astype(np.uint8)
-    elif name == "MXFP4":  # a power of two
-        blocks[:, 0] = np.clip(np.round(np.log2(scale)) + 128, 1, 254).astype(np.uint8)
-    elif name == "NVFP4":  # four unsigned e4m3 scales; powers of two are enough
-        exponent = np.clip(np.round(np.log2(scale)) + 8, 1, 14).astype(np.uint8)
-        blocks[:, :4] = (exponent << 3)[:, None]
-    else:
-        at, minimum_at, centre = _SCALES[name]
-        _set_f16(blocks, at, scale)
-        if minimum_at is not None:
-            _set_f16(blocks, minimum_at, scale * centre)
-
-
-def random_blocks(name: str, shape: tuple[int, ...], std: float, bits: "RandomBits") -> np.ndarray:
-    """Random valid blocks of a ggml type, uint8 [*shape[:-1], row bytes]; `std` is the deviation of their values."""
-    ggml_type = GGMLQuantizationType[name]
-    elements, size = gguf.GGML_QUANT_SIZES[ggml_type]
-    count = int(np.prod(shape)) // elements
-    if shape[-1] % elements:
-        raise ValueError(f"{name} needs rows of a multiple of {elements} elements, not {shape[-1]}")
-    blocks = bits.integers(count * size).reshape(count, size)
-    if name == "TQ1_0":  # each byte holds a fraction of 3^5: any byte below 243 scaled up, as ggml packs it
-        packed = blocks[:, :52].astype(np.uint16) % 243
-        blocks[:, :52] = ((packed * 256 + 242) // 243).astype(np.uint8)
-    elif name == "TQ2_0":  # two bits a value, of which 3 is never written
-        for shift in (0, 2, 4, 6):
-            three = (blocks[:, :64] >> shift) & 3 == 3
-            blocks[:, :64] = np.where(three, blocks[:, :64] & ~np.uint8(2 << shift), blocks[:, :64])
-    spread = 2.0 ** (np.floor(3 * bits.uniform(count)) - 1)  # blocks differ in scale by 1/2, 1, 2
-    if name in _SCALES:  # and in sign, which keeps values centred where a type's codes are not
-        spread *= np.where(bits.uniform(count) < 0.5, -1.0, 1.0)
-    _set_scales(name, blocks, spread.astype(np.float32) / 16)
-    measured = float(gguf.quants.dequantize(blocks.reshape(-1), ggml_type).std())
-    _set_scales(name, blocks, (spread * (std / measured) / 16).astype(np.float32))
-    return blocks.reshape(*shape[:-1], shape[-1] // elements * size)
-
-
 # Writing
-
-
-class RandomBits:
-    """PCG64's raw stream, keyed by a seed and a label."""
-
-    def __init__(self, seed: int, label: str):
-        self._generator = np.random.PCG64((seed << 32) | zlib.crc32(label.encode()))
-
-    def uniform(self, count: int) -> np.ndarray:
-        """float64 in [0, 1)."""
-        return (self._generator.random_raw(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-    def integers(self, count: int) -> np.ndarray:
-        """uint8, all 256 values alike."""
-        return self._generator.random_raw(-(-count // 8)).astype("<u8").view(np.uint8)[:count].copy()
 
 
 def _values(tensor: TensorSpec, bits: RandomBits) -> np.ndarray:
