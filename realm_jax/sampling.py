@@ -195,8 +195,8 @@ def truncated(z: Array, rows: RowParams) -> Array:
 def _best(score: Array, mass: Array, target: Array) -> Array:
     """bool [B, V]: the smallest set of best-scored entries whose mass reaches target; equal scores: lowest index first.
 
-    score float32 [B, V] (not NaN), mass float32 >= 0 [B, V], target float32 [B]. All of them, if the target is not
-    reached.
+    score float32 [B, V] (not NaN), mass float32 >= 0 [B, V], target float32 [B]. A target of 0 takes one entry that has
+    mass; one that is not reached takes all of them.
     """
     vocab = score.shape[-1]
     key = _ordered_bits(score)
@@ -213,8 +213,8 @@ def _bisect(key: Array, mass: Array, target: Array, bits: int) -> Array:
 
     def set_bit(i: Array, threshold: Array) -> Array:
         candidate = threshold | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
-        reached = jnp.sum(jnp.where(key >= candidate[:, None], mass, 0.0), axis=-1) >= target
-        return jnp.where(reached, candidate, threshold)
+        reached = jnp.sum(jnp.where(key >= candidate[:, None], mass, 0.0), axis=-1)
+        return jnp.where((reached >= target) & (reached > 0), candidate, threshold)
 
     return jax.lax.fori_loop(0, bits, set_bit, jnp.zeros(key.shape[0], jnp.uint32))
 

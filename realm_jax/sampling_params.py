@@ -34,7 +34,8 @@ class SamplingParams:
         occurred there (-2 to 2); 0 turns them off.
       logit_bias: {token id: number added to its logit}.
       stop: a string or several; generation ends where one appears, and the text ends before it.
-      stop_token_ids: generation ends when one of these tokens is sampled; its text is left out.
+      stop_token_ids: generation ends when one of these tokens is sampled; its text is left out. None: no such ids, as
+        for stop.
       ignore_eos: go on after the model's own end-of-generation tokens.
       seed: 0 to 2**64 - 1: the same seed and prompt give the same tokens, whatever else is in the batch. None: a fresh
         random seed for every request.
@@ -56,8 +57,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
+    stop: str | Sequence[str] | None = ()
+    stop_token_ids: Sequence[int] | None = ()
     ignore_eos: bool = False
     seed: int | None = None
     n: int = 1
@@ -104,7 +105,7 @@ class SamplingParams:
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises InvalidRequestError when a token id named here is not below vocab_size."""
         named = [("logit_bias", token) for token in self.logit_bias or {}]
-        named += [("stop_token_ids", token) for token in self.stop_token_ids]
+        named += [("stop_token_ids", token) for token in self.stop_token_ids or ()]
         for field, token in named:
             if token >= vocab_size:
                 raise InvalidRequestError(f"{field} names token {token}; accepted: 0 to {vocab_size - 1}")
@@ -167,6 +168,8 @@ def _boolean(field: str, value: Any) -> bool:
 
 def _strings(field: str, value: Any) -> tuple[str, ...]:
     accepted = "a non-empty string, or a list of them"
+    if value is None:
+        return ()
     items = (value,) if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)):
         raise _refuse(field, value, accepted)
@@ -180,6 +183,8 @@ def _strings(field: str, value: Any) -> tuple[str, ...]:
 
 def _ids(field: str, value: Any) -> tuple[int, ...]:
     accepted = "a list of token ids (integers >= 0)"
+    if value is None:
+        return ()
     if isinstance(value, (str, bytes, Mapping)):
         raise _refuse(field, value, accepted)
     try:

@@ -8,11 +8,14 @@ import time
 import numpy as np
 import pytest
 from fake_engine import CHUNK, EOS, VOCAB, FakeRunner, expected_greedy, fake_logits, make_request
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from realm_jax import sampling
 from realm_jax.engine.loop import HostLoop
 from realm_jax.engine.request import collect
 from realm_jax.errors import CapacityError, InvalidRequestError, RealmError
+from realm_jax.results import Piece
 
 
 @pytest.fixture
@@ -147,6 +150,46 @@ def test_decoding_never_waits_for_a_prompt(loop, runner):
     rest = list(stream)
     assert len(runner.steps) - before == len(rest) == 11
     assert [collect(loop.pieces(other)).finish_reason for other in others] == ["length"] * 3
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_random_operations_keep_tokens_and_books(data):
+    """Submitting, streaming, cancelling and exclusive work in any order: tokens as if alone, and nothing leaks."""
+    loop = HostLoop(FakeRunner(max_batch=data.draw(st.integers(1, 4)), num_pages=data.draw(st.integers(16, 40))))
+    streams = []
+
+    def finish(entry):
+        request, stream, expected, seen = entry
+        seen += [token for piece in stream for token in piece.tokens]
+        assert seen == expected[: len(seen)]
+        assert request.finish_reason == "cancelled" or seen == expected
+
+    for _ in range(data.draw(st.integers(1, 25))):
+        action = data.draw(st.sampled_from(["submit", "submit", "read", "cancel", "finish", "exclusive"]))
+        if action == "submit":
+            text, count = (
+                prompt(data.draw(st.integers(0, 99)), data.draw(st.integers(1, 40))),
+                data.draw(st.integers(1, 20)),
+            )
+            request = make_request(text, max_tokens=count)
+            loop.submit([request])
+            streams.append((request, loop.pieces(request), expected_greedy(text, count), []))
+        elif action == "exclusive":
+            assert loop.exclusively(data.draw(st.integers(1, 64)), lambda table: "done") == "done"
+        elif streams:
+            at = data.draw(st.integers(0, len(streams) - 1))
+            if action == "read":
+                streams[at][3].extend(next(streams[at][1], Piece("", [])).tokens)
+            elif action == "cancel":
+                loop.cancel([streams[at][0]])
+            else:
+                finish(streams.pop(at))
+    for entry in streams:
+        finish(entry)
+    assert loop.scheduler.pages.free == loop.scheduler.pages.total
+    assert not loop.scheduler.running
+    assert not loop.scheduler.waiting
 
 
 def test_streaming_gives_a_piece_per_step(loop, runner):

@@ -150,6 +150,14 @@ def test_equal_logits_are_kept_by_lowest_id():
     assert device_truncated(z - 1, top_k=3) == [{0, 1, 5}]
 
 
+@pytest.mark.parametrize(
+    "options", [{"top_p": 1e-45}, {"typical_p": 1e-45}, {"top_p": 1e-30, "typical_p": 1e-30}], ids=str
+)
+def test_the_smallest_bounds_keep_one_token(options):
+    z = random_logits(4, 50, scale=20)
+    assert [len(kept) for kept in device_truncated(z - z.max(-1, keepdims=True), **options)] == [1] * 4
+
+
 def test_threefry_known_answers():
     """The known-answer vectors published with Random123."""
     cases = [

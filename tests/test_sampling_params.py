@@ -119,6 +119,11 @@ def test_values_become_plain_python():
     assert params.seed == 2**64 - 1
 
 
+def test_none_stands_for_no_stops():
+    assert SamplingParams(stop=None, stop_token_ids=None) == SamplingParams()
+    assert SamplingParams(stop=[], stop_token_ids=[]) == SamplingParams()
+
+
 def test_frozen_comparable_and_copyable():
     params = SamplingParams(temperature=0.7, stop=["a", "b"], logit_bias={1: 2})
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -42,11 +42,11 @@ class Request(Sequence):
         self.pieces: deque[Piece] = deque()
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
-        self._ending = set(params.stop_token_ids)
+        self._ending = set(params.stop_token_ids or ())
         if not params.ignore_eos:
             self._ending |= tokenizer.eog_ids
         self._detokenizer = StreamDetokenizer(tokenizer, keep_leading_space=True)
-        self._stop_text = StopText(params.stop)
+        self._stop_text = StopText(params.stop or ())
         self._submitted = time.perf_counter()
         self._admitted: float | None = None
         self._first: float | None = None
