@@ -43,9 +43,9 @@ def attend(
     Returns:
         float32 [T, heads, value_dim].
 
-    Keys are visited in blocks aligned to absolute positions, a block's new rows laid over its cached ones. So the order
-    of every sum depends on a query's position alone, not on how a prompt was cut into chunks, and blocks beyond a
-    query's position leave its result as it is, bit for bit.
+    Keys are visited in blocks aligned to absolute positions, a block's new rows laid over its cached ones. So sums are
+    grouped by position, however a prompt is cut into chunks and whatever the length of the longest sequence in the
+    batch: blocks beyond a query's position leave its result as it is, bit for bit.
     """
     tokens, heads, head_dim = q.shape
     kv_heads = keys.shape[1]

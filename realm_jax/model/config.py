@@ -258,7 +258,7 @@ def _ropes(
 ) -> tuple[tuple[RopeConfig, ...], float]:
     """The rotation of global layers, that of windowed layers, and latent attention's softmax temperature."""
     base = read.number("rope.freq_base", 10000.0, low=1.0, high=1e12)
-    scaling = read.string("rope.scaling.type", "linear")
+    scaling: Any = read.string("rope.scaling.type", "linear")
     if scaling not in ("none", "linear", "yarn", "longrope"):
         raise UnsupportedModelError(
             f"rope scaling type {scaling!r} is not supported; supported are none, linear, yarn, longrope"

@@ -12,8 +12,24 @@ from realm_jax.model.config import ModelConfig, read_config
 
 Axes = tuple[str, ...]
 
-# Logical axes of weights; sharding maps them to mesh axes. "embed" is the residual stream.
+# Logical axes of each role, outermost first; sharding maps them to mesh axes. "embed" is the residual stream, "rank"
+# the small inner size of a factored projection.
 AXES: dict[str, Axes] = {
+    "output_norm.weight": ("embed",),
+    "rope_freqs.weight": ("head_dim",),
+    "rope_factors_long.weight": ("head_dim",),
+    "rope_factors_short.weight": ("head_dim",),
+    "attn_norm.weight": ("embed",),
+    "post_attention_norm.weight": ("embed",),
+    "ffn_norm.weight": ("embed",),
+    "post_ffw_norm.weight": ("embed",),
+    "attn_q_norm.weight": ("heads",),
+    "attn_k_norm.weight": ("kv_heads",),
+    "attn_q_a_norm.weight": ("rank",),
+    "attn_kv_a_norm.weight": ("rank",),
+    "attn_output.bias": ("embed",),
+    "ffn_down.bias": ("embed",),
+    "ffn_gate_inp_shexp.weight": ("embed",),
     "token_embd.weight": ("vocab", "embed"),
     "output.weight": ("vocab", "embed"),
     "output.bias": ("vocab",),
@@ -67,8 +83,8 @@ class TensorSpec:
 
     @property
     def axes(self) -> Axes:
-        """Logical axes, as many as shape has; ("embed",) for the norms and biases of the residual stream."""
-        return AXES.get(self.role, ("embed",) if len(self.shape) == 1 else ("rank",) * len(self.shape))
+        """Logical axes, as many as shape has."""
+        return AXES[self.role]
 
     @property
     def is_matrix(self) -> bool:
