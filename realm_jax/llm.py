@@ -10,23 +10,31 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
+from realm_jax.arguments import (
+    brief,
+    check_context_length,
+    check_token_ids,
+    is_batch,
+    naming,
+    params_for,
+    refuse_options,
+    refuse_request_options,
+)
 from realm_jax.engine.loop import HostLoop
 from realm_jax.engine.request import Request, choice_seed, collect
-from realm_jax.engine.runner import Runner
-from realm_jax.errors import BackendError, ChatTemplateError, InvalidRequestError
+from realm_jax.engine.runner import Runner, resolve_backend
+from realm_jax.errors import ChatTemplateError, InvalidRequestError
 from realm_jax.gguf import open_gguf
 from realm_jax.model import load_model
 from realm_jax.registry import resolve
 from realm_jax.results import Piece, Result
-from realm_jax.sampling_params import SamplingParams
+from realm_jax.sampling_params import SamplingParams, shown
 from realm_jax.text import ChatTemplate, load_chat_template, load_tokenizer
 
 Prompt = str | Sequence[int] | np.ndarray
 Progress = Callable[[str, int, int], None]
 
 MAX_BATCH = 1024
-BACKENDS = ("auto", "xla", "native", "pallas")
-_ADVICE = "accepted: a string, a list of token ids, or a list of these"
 
 
 class LLM:
@@ -64,7 +72,7 @@ class LLM:
           ModelNotFoundError, DownloadError: there is no such model, or it could not be fetched.
           GGUFError, UnsupportedModelError, TokenizerError: the file is damaged, or holds what is not supported.
         """
-        _refuse_options(
+        refuse_options(
             options, later=("mesh", "draft", "adapters"), known="context_length, max_batch, backend, progress"
         )
         if (
@@ -72,11 +80,11 @@ class LLM:
             or not isinstance(max_batch, (int, np.integer))
             or not 1 <= max_batch <= MAX_BATCH
         ):
-            raise InvalidRequestError(f"max_batch is {max_batch!r}; accepted: an integer from 1 to {MAX_BATCH}")
-        _check_context_length(context_length)
-        _check_backend(backend)
+            raise InvalidRequestError(f"max_batch is {shown(max_batch)}; accepted: an integer from 1 to {MAX_BATCH}")
+        check_context_length(context_length)
+        resolve_backend(backend)
         if not isinstance(model, (str, Path)) or not str(model):
-            raise InvalidRequestError(f"model is {_brief(model)}; accepted: a path, a model's name or a repository id")
+            raise InvalidRequestError(f"model is {brief(model)}; accepted: a path, a model's name or a repository id")
         with open_gguf(resolve(model, progress)) as file:
             self.path = Path(file.path)
             loaded = load_model(file, context_length, progress)
@@ -132,14 +140,14 @@ class LLM:
           CapacityError: a request needs more of the cache than there is.
           RealmError: the model's logits were not finite; the other prompts of the list are given up too.
         """
-        _refuse_request_options(options)
+        refuse_request_options(options)
         self._check_open()
-        batch = _is_batch(prompts)
+        batch = is_batch(prompts)
         listed: Sequence[Any] = prompts if batch else [prompts]  # type: ignore[assignment]
-        each = _params_for(params, len(listed), batch)
+        each = params_for(params, len(listed), batch)
         groups = []
         for i, (prompt, wanted) in enumerate(zip(listed, each)):
-            with _naming(f"prompt {i}: " if batch else ""):
+            with naming(f"prompt {i}: " if batch else ""):
                 groups.append(self._requests(self._tokens(prompt, "prompt"), wanted))
         results = self._run(groups)
         return results if batch else results[0]
@@ -150,9 +158,9 @@ class LLM:
         Closing the iterator, or leaving it to be collected, cancels the request. Arguments and errors: see generate;
         params.n must be 1. What is wrong with the arguments is raised by this call, not by the first piece.
         """
-        _refuse_request_options(options)
+        refuse_request_options(options)
         self._check_open()
-        [wanted] = _params_for(params, 1, batch=False)
+        [wanted] = params_for(params, 1, batch=False)
         return self._stream(self._tokens(prompt, "prompt"), wanted)
 
     @overload
@@ -195,9 +203,9 @@ class LLM:
         Raises:
           ChatTemplateError: the file has no template, or it cannot be used; see also generate.
         """
-        _refuse_request_options(options)
+        refuse_request_options(options)
         self._check_open()
-        [wanted] = _params_for(params, 1, batch=False)
+        [wanted] = params_for(params, 1, batch=False)
         tokens = self._chat_tokens(messages, template)
         return self._stream(tokens, wanted) if stream else self._run([self._requests(tokens, wanted)])[0]
 
@@ -207,7 +215,7 @@ class LLM:
         Raises:
           InvalidRequestError: no tokens, an id outside the vocabulary, or more tokens than the context holds.
         """
-        _refuse_options(options, later=("adapter",), known="tokens")
+        refuse_options(options, later=("adapter",), known="tokens")
         runner = self._check_open()
         ids = self._fitting(self._checked_ids(tokens, "tokens"))
         return self._loop.exclusively(len(ids), partial(runner.step_all, ids, 0))
@@ -223,10 +231,10 @@ class LLM:
         runner = self._check_open()
         listed = [texts] if isinstance(texts, str) else texts
         if not isinstance(listed, (list, tuple)) or not listed or not all(isinstance(text, str) for text in listed):
-            raise InvalidRequestError(f"texts is {_brief(texts)}; accepted: a string or a non-empty list of strings")
+            raise InvalidRequestError(f"texts is {brief(texts)}; accepted: a string or a non-empty list of strings")
         all_ids = []
         for i, text in enumerate(listed):
-            with _naming(f"text {i}: "):
+            with naming(f"text {i}: "):
                 all_ids.append(self._fitting(self._tokens(text, "text")))
         vectors = np.empty((len(listed), self.config.hidden_size), np.float32)
         for i, ids in enumerate(all_ids):
@@ -247,7 +255,7 @@ class LLM:
         """
         self._check_open()
         if not isinstance(text, str):
-            raise InvalidRequestError(f"text is {_brief(text)}; accepted: a string")
+            raise InvalidRequestError(f"text is {brief(text)}; accepted: a string")
         return self._tokenizer.encode(text, add_special, parse_special)
 
     def detokenize(self, tokens: Sequence[int] | np.ndarray) -> str:
@@ -276,7 +284,7 @@ class LLM:
             or not 4 <= context_length <= self.context_length
         ):
             raise InvalidRequestError(
-                f"context_length is {context_length!r}; accepted: an integer from 4 to {self.context_length}"
+                f"context_length is {shown(context_length)}; accepted: an integer from 4 to {self.context_length}"
             )
         tokens = np.asarray(self.tokenize(text), np.int32)
         count = len(tokens) // context_length
@@ -366,21 +374,7 @@ class LLM:
         return self._checked_ids(ids, what)
 
     def _checked_ids(self, tokens: Any, what: str, empty_ok: bool = False) -> np.ndarray:
-        vocab = self.config.vocab_size
-        accepted = f"integers from 0 to {vocab - 1}"
-        if isinstance(tokens, np.ndarray):
-            if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-                raise InvalidRequestError(
-                    f"{what} is an array of {tokens.dtype} of shape {tokens.shape}; accepted: one dimension, {accepted}"
-                )
-        elif not isinstance(tokens, (list, tuple, range)):
-            raise InvalidRequestError(f"{what} is {_brief(tokens)}; {_ADVICE}")
-        for token in tokens:
-            if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < vocab:
-                raise InvalidRequestError(f"{what} holds {_brief(token)}; accepted: token ids, {accepted}")
-        if not len(tokens) and not empty_ok:
-            raise InvalidRequestError(f"the {what} is empty; accepted: at least one token")
-        return np.asarray(tokens, np.int32)
+        return check_token_ids(tokens, what, self.config.vocab_size, empty_ok)
 
     def _fitting(self, ids: np.ndarray) -> np.ndarray:
         if len(ids) > self.context_length:
@@ -394,7 +388,7 @@ class LLM:
             text = self._template.render(messages)
         else:
             if not isinstance(source, str):
-                raise InvalidRequestError(f"template is {_brief(source)}; accepted: a string, or None")
+                raise InvalidRequestError(f"template is {brief(source)}; accepted: a string, or None")
             template = ChatTemplate(source, self._special_text("bos_id"), self._special_text("eos_id"))
             try:
                 text = template.render(messages)
@@ -410,20 +404,6 @@ class LLM:
     def _special_text(self, name: Literal["bos_id", "eos_id"]) -> str:
         token = getattr(self._tokenizer, name)
         return "" if token is None else self._tokenizer.token_bytes(token).decode("utf-8", "replace")
-
-
-class _naming:
-    """Puts the place of a mistake in front of its message."""
-
-    def __init__(self, place: str):
-        self._place = place
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if self._place and isinstance(error, InvalidRequestError):
-            raise InvalidRequestError(f"{self._place}{error}") from None
 
 
 def _with_choices(group: list[Result]) -> Result:
@@ -442,57 +422,3 @@ def _negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> float:
         best = row.max()
         total += math.log(np.sum(np.exp(row - best), dtype=np.float64)) + float(best) - float(row[target])
     return total
-
-
-def _is_batch(prompts: Any) -> bool:
-    """Whether this is a list of prompts and not one prompt. An empty list is an empty prompt, and refused as such."""
-    if isinstance(prompts, (list, tuple)):
-        return bool(prompts) and isinstance(prompts[0], (str, list, tuple, np.ndarray, range))
-    if not isinstance(prompts, (str, np.ndarray, range)):
-        raise InvalidRequestError(f"prompts is {_brief(prompts)}; {_ADVICE}")
-    return False
-
-
-def _params_for(params: Any, count: int, batch: bool) -> list[SamplingParams]:
-    if params is None:
-        params = SamplingParams()
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    accepted = "a SamplingParams, or one for each of a list of prompts" if batch else "a SamplingParams"
-    if not batch or not isinstance(params, (list, tuple)):
-        raise InvalidRequestError(f"params is {_brief(params)}; accepted: {accepted}")
-    if len(params) != count:
-        raise InvalidRequestError(f"{len(params)} params are given for {count} prompts; accepted: as many, or one")
-    for i, one in enumerate(params):
-        if not isinstance(one, SamplingParams):
-            raise InvalidRequestError(f"params[{i}] is {_brief(one)}; accepted: {accepted}")
-    return list(params)
-
-
-def _check_context_length(value: Any) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise InvalidRequestError(f"context_length is {value!r}; accepted: an integer >= 1, or None")
-
-
-def _check_backend(backend: Any) -> None:
-    if backend not in BACKENDS:
-        raise BackendError(f"backend is {_brief(backend)}; accepted: {', '.join(BACKENDS)}")
-
-
-def _refuse_request_options(options: dict[str, Any]) -> None:
-    if options.get("speculate") is False:
-        options = {name: value for name, value in options.items() if name != "speculate"}
-    _refuse_options(options, later=("adapter", "speculate"), known="params")
-
-
-def _refuse_options(options: Mapping[str, Any], later: Sequence[str], known: str) -> None:
-    for name, value in options.items():
-        if name not in later:
-            raise InvalidRequestError(f"unknown option {name!r}; accepted: {known}")
-        if value is not None:
-            raise InvalidRequestError(f"{name} is not supported in this version; accepted: None")
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

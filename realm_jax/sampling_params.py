@@ -111,14 +111,17 @@ class SamplingParams:
                 raise InvalidRequestError(f"{field} names token {token}; accepted: 0 to {vocab_size - 1}")
 
 
-def _shown(value: Any) -> str:
-    """repr on one line and of bounded length."""
-    text = repr(value)
+def shown(value: Any) -> str:
+    """A value for a message: its repr on one line and of bounded length."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # an integer of more digits than Python will print
+        text = f"a huge {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _refuse(field: str, value: Any, accepted: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{field} is {_shown(value)}; accepted: {accepted}")
+    return InvalidRequestError(f"{field} is {shown(value)}; accepted: {accepted}")
 
 
 def _is_integer(value: Any) -> bool:
