@@ -6,10 +6,11 @@ returns the new rows; `append` writes them, outside of any vmap, in one scatter 
 table does not cover yet are never read: masks go by position.
 """
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 PAGE_SIZE = 64  # tokens
 BLOCK_PAGES = 2  # attention reduces over blocks of this many pages, so that sums do not depend on chunks or buckets
@@ -62,7 +63,7 @@ class CacheView:
 
 
 def allocate_pool(
-    num_layers: int, num_pages: int, kv_heads: int, head_dim: int, value_dim: int, dtype: np.dtype | type = jnp.float32
+    num_layers: int, num_pages: int, kv_heads: int, head_dim: int, value_dim: int, dtype: Any = jnp.float32
 ) -> KVPool:
     """A pool of zeros. Its bytes: num_layers * num_pages * PAGE_SIZE * kv_heads * (head_dim + value_dim) * itemsize."""
     shape = (num_layers, num_pages, PAGE_SIZE, kv_heads)

@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 def enable_compile_cache() -> None:
     """Points JAX at the user's cache, unless the user has chosen one. Where none can be had, says so and goes on."""
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]  # typed since jax 0.12
         return
     try:
         path = cache_root() / "xla"

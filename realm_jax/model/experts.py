@@ -1,5 +1,7 @@
 """The mixture of experts: routing, the chosen experts, the shared one."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,8 +24,8 @@ def mixture(h: jax.Array, w: LayerWeights, c: ModelConfig) -> jax.Array:
     hidden = gated(
         w.expert_linear(rows, flat, "ffn_gate_exps"), w.expert_linear(rows, flat, "ffn_up_exps"), c.spec.activation
     )
-    out = w.expert_linear(hidden, flat, "ffn_down_exps").reshape(tokens, e.used, -1)
-    out = sum(out[:, i] * weights[:, i, None] for i in range(e.used))  # in a fixed order, unlike XLA's own sums
+    each = w.expert_linear(hidden, flat, "ffn_down_exps").reshape(tokens, e.used, -1)
+    out: Any = sum(each[:, i] * weights[:, i, None] for i in range(e.used))  # in a fixed order, unlike XLA's own sums
     if e.shared_size:
         shared = gated(w.linear(h, "ffn_gate_shexp"), w.linear(h, "ffn_up_shexp"), c.spec.activation)
         shared = w.linear(shared, "ffn_down_shexp")
