@@ -83,14 +83,15 @@ def check_rows(name: str, n: int, k: int, counts: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "n", "k"), [("Q4_1", 2000, 576), ("Q4_K", 520, 2048), ("F32", 1, 576), ("F16", 8, 64), ("Q6_K", 60, 4096)]
+    ("name", "n", "k"),
+    [("Q4_1", 2000, 576), ("Q4_K", 520, 2048), ("F32", 1, 576), ("F16", 8, 64), ("F32", 3, 8192), ("Q6_K", 60, 4096)],
 )
 def test_a_row_has_the_same_bits_in_any_company(name, n, k):
     check_rows(name, n, k, (1, 2, 5, 8, 33, 128))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 16, 60, 130, 576, 2048, 5000])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 16, 60, 130, 576, 2048])
 @pytest.mark.parametrize("k", [64, 576, 1536, 2048, 8192, 14336])
 def test_a_row_has_the_same_bits_in_any_company_at_more_shapes(n, k):
     counts = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64, 65, 100, 128, 129, 200, 256, 300, 512)

@@ -17,6 +17,7 @@ from .formats import Format
 from .reference import dequantize, elements, group_parameters
 
 TILE_BYTES = 4 << 20  # of dequantized float32 weight
+MIN_TILE = 16  # rows; below it the dot depends on the number of rows of x: matrix-vector code, or K split for threads
 
 
 def matmul(x: jax.Array, arrays: dict[str, Any], fmt: Format, lead: tuple[Any, ...]) -> jax.Array:
@@ -29,8 +30,8 @@ def matmul(x: jax.Array, arrays: dict[str, Any], fmt: Format, lead: tuple[Any, .
 
     def dot(start):  # [M, tile]
         weight = _dequantize(_slice(arrays, lead, start, tile), fmt, start if tile < n else x)
-        if n == 1:  # a lone column would take matrix-vector code too
-            weight = jnp.concatenate([weight, weight])
+        if n < MIN_TILE:
+            weight = jnp.pad(weight, ((0, MIN_TILE - n), (0, 0)))
         return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
 
     if tile == n:
@@ -79,7 +80,7 @@ def _dequantize(arrays: dict[str, Any], fmt: Format, varying: Any) -> jax.Array:
 
 def _tile(n: int, k: int) -> int:
     """Rows of the weight dequantized at once."""
-    rows = max(8, TILE_BYTES // (4 * k) // 8 * 8)
+    rows = max(MIN_TILE, TILE_BYTES // (4 * k) // 8 * 8)
     return n if rows >= n else rows
 
 
