@@ -243,6 +243,31 @@ def test_cancel_frees_at_once_and_disturbs_nobody(loop):
     assert stays.finish_reason == "length"
 
 
+def test_cancelled_during_the_last_step(loop, runner):
+    """Nobody drives after it: what was cancelled meanwhile must be free all the same."""
+    first, second = make_request(b"abc", max_tokens=1), make_request(b"def")
+    loop.submit([first, second])
+    runner.before_step = lambda tokens, starts: loop.cancel([second])
+    assert collect(loop.pieces(first)).tokens == expected_greedy(b"abc", 1)
+    assert second.finish_reason == "cancelled"
+    assert loop.scheduler.pages.free == loop.scheduler.pages.total
+
+
+def test_cancelling_within_a_cancellation(loop):
+    """As when the garbage collector closes one stream while another is being closed."""
+    first, second = make_request(b"abc"), make_request(b"def")
+    loop.submit([first, second])
+    end = first.cancel
+
+    def nested():
+        loop.cancel([second])
+        end()
+
+    first.cancel = nested
+    loop.cancel([first])
+    assert first.finish_reason == second.finish_reason == "cancelled"
+
+
 def test_cancel_before_the_first_step(loop, runner):
     request = make_request(b"abc")
     loop.submit([request])

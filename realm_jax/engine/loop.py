@@ -98,9 +98,11 @@ class HostLoop:
         """Ends those of the requests that go on. Their pages are free now or, if a step is running, after it."""
         with interrupt_deferred(), self._changed:
             self._cancelled.extend(requests)
-            if not self._driving:
-                self._take_in()
-            self._changed.notify_all()
+            if self._driving:
+                return
+            # A garbage collection in here may close another stream, and so cancel again: it must find us driving.
+            self._driving = True
+            self._stop_driving()
 
     def close(self) -> None:
         """Cancels everything and lets go of the runner; after that the loop refuses requests."""
@@ -108,13 +110,16 @@ class HostLoop:
             self._closed = True
             while self._driving:
                 self._changed.wait()
-            self._take_in()
-            for request in [*self.scheduler.waiting, *self.scheduler.running]:
-                self.scheduler.remove(request)
-                request.cancel()
-            self._runner = None
-            self._sampler.reset()
-            self._changed.notify_all()
+            self._driving = True
+            try:
+                self._take_in()
+                for request in [*self.scheduler.waiting, *self.scheduler.running]:
+                    self.scheduler.remove(request)
+                    request.cancel()
+                self._runner = None
+                self._sampler.reset()
+            finally:
+                self._stop_driving()
 
     def exclusively(self, tokens: int, work: Callable[[np.ndarray], T]) -> T:
         """work(table) between two steps, with pages for that many tokens; table is int32 [max_pages_per_slot].
@@ -170,9 +175,16 @@ class HostLoop:
                     self._take_in()
                     turn()
                 finally:
-                    with self._changed:
-                        self._driving = False
-                        self._changed.notify_all()
+                    self._stop_driving()
+
+    def _stop_driving(self) -> None:
+        with self._changed:
+            try:
+                while self._cancelled:  # during the step; nobody may come to do it later
+                    self._take_in()
+            finally:
+                self._driving = False
+                self._changed.notify_all()
 
     def _check_open(self) -> None:
         if self._closed:
