@@ -13,7 +13,8 @@ themselves is llama.cpp's. Among tokens of equal logit the lowest id counts as t
 
 The noise of a request is a counter-based function of (seed, position, token id) and nothing else (Salmon et al., 2011,
 "Parallel random numbers: as easy as 1, 2, 3"), so that a seed gives the same tokens alone, in any batch, in any slot,
-and when a position is computed again. Nothing here mixes rows: each row's result depends on that row alone.
+and when a position is computed again. Nothing here mixes rows, and realm_jax.numerics keeps XLA from computing a row
+differently beside others: each row's result depends on that row alone.
 
 Truncation needs no sort: the smallest best-scored set that reaches a given mass is found by bisecting the bits of the
 scores, which costs a fixed number of passes over the vocabulary.
@@ -27,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from realm_jax.numerics import exp, log, row_sum
 from realm_jax.sampling_params import MAX_LOGPROBS
 
 # A temperature below this divides logits out of float32's useful range; the draw is the argmax then anyway.
@@ -122,7 +124,8 @@ def token_logprobs(logits: Array, tokens: Array) -> tuple[Array, Array, Array]:
     Args: logits float32 [B, vocab]; tokens int32 [B].
     Returns: chosen float32 [B]; ids int32 and values float32 [B, min(20, vocab)], best first.
     """
-    total = jax.nn.logsumexp(logits, axis=-1)  # [B]
+    best = jnp.max(logits, axis=-1)
+    total = best + log(row_sum(exp(logits - best[:, None])))[:, 0]
     chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=-1)[:, 0]
     values, ids = jax.lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
     return chosen - total, ids, values - total[:, None]
@@ -173,23 +176,24 @@ def truncated(z: Array, rows: RowParams) -> Array:
     kept = where_used(rows.top_k > 0, lambda: _best(z, jnp.ones_like(z), rows.top_k.astype(jnp.float32)))
 
     def typical() -> Array:
-        weight = jnp.where(kept, jnp.exp(z), 0.0)  # unnormalised probabilities
-        total = jnp.sum(weight, axis=-1, keepdims=True)
-        surprise = jnp.log(total) - z
-        entropy = jnp.sum(weight * jnp.where(kept, surprise, 0.0), axis=-1, keepdims=True) / total
+        weight = jnp.where(kept, exp(z), 0.0)  # unnormalised probabilities
+        total = row_sum(weight)
+        surprise = log(total) - z
+        entropy = row_sum(weight * jnp.where(kept, surprise, 0.0)) / total
         nearness = jnp.where(kept, -jnp.abs(surprise - entropy), -jnp.inf)
         return _best(nearness, weight, rows.typical_p * total[:, 0])
 
     kept &= where_used(rows.typical_p < 1.0, typical)
 
     def nucleus() -> Array:
-        weight = jnp.where(kept, jnp.exp(z), 0.0)
-        return _best(jnp.where(kept, z, -jnp.inf), weight, rows.top_p * jnp.sum(weight, axis=-1))
+        weight = jnp.where(kept, exp(z), 0.0)
+        return _best(jnp.where(kept, z, -jnp.inf), weight, rows.top_p * row_sum(weight)[:, 0])
 
     kept &= where_used(rows.top_p < 1.0, nucleus)
 
     best = jnp.max(jnp.where(kept, z, -jnp.inf), axis=-1, keepdims=True)
-    return kept & (z >= best + jnp.log(rows.min_p)[:, None])
+    floor = jnp.where(rows.min_p > 0.0, log(rows.min_p), -jnp.inf)
+    return kept & (z >= best + floor[:, None])
 
 
 def _best(score: Array, mass: Array, target: Array) -> Array:
@@ -202,7 +206,7 @@ def _best(score: Array, mass: Array, target: Array) -> Array:
     key = _ordered_bits(score)
     threshold = _bisect(key, mass, target, bits=32)[:, None]
     above, tied = key > threshold, key == threshold
-    missing = target - jnp.sum(jnp.where(above, mass, 0.0), axis=-1)
+    missing = target - row_sum(jnp.where(above, mass, 0.0))[:, 0]
     index_key = jnp.arange(vocab, 0, -1, dtype=jnp.uint32)[None]  # lower index, larger key; never 0
     first = _bisect(jnp.where(tied, index_key, 0), mass, missing, bits=vocab.bit_length())[:, None]
     return above | (tied & (index_key >= first))
@@ -213,7 +217,7 @@ def _bisect(key: Array, mass: Array, target: Array, bits: int) -> Array:
 
     def set_bit(i: Array, threshold: Array) -> Array:
         candidate = threshold | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
-        reached = jnp.sum(jnp.where(key >= candidate[:, None], mass, 0.0), axis=-1)
+        reached = row_sum(jnp.where(key >= candidate[:, None], mass, 0.0))[:, 0]
         return jnp.where((reached >= target) & (reached > 0), candidate, threshold)
 
     return jax.lax.fori_loop(0, bits, set_bit, jnp.zeros(key.shape[0], jnp.uint32))
@@ -237,8 +241,10 @@ def gumbel_noise(seed: Array, position: Array, vocab: int) -> Array:
     low, high = threefry2x32(seed[:, :1], seed[:, 1:], position, counter)
     bits = jnp.concatenate([low, high], axis=-1)[:, :vocab]
     tail = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)  # uniform in (0, 1)
-    # A barrier: were the logarithms fused into different programs, they could differ in the last bit between them.
-    return jax.lax.optimization_barrier(-jnp.log(-jnp.log1p(-tail)))
+    rest = 1.0 - tail
+    # -log1p(-tail): what rounding took from the logarithm's argument is put back by the quotient.
+    surprise = jnp.where(rest == 1.0, tail, -log(rest) * (tail / jnp.where(rest == 1.0, 1.0, 1.0 - rest)))
+    return -log(surprise)
 
 
 def threefry2x32(key0: Array, key1: Array, x0: Array, x1: Array) -> tuple[Array, Array]:

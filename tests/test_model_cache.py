@@ -14,7 +14,7 @@ LAYERS, PAGES, HEADS, DIM = 2, 7, 2, 3
 @given(st.data())
 def test_append_writes_the_rows_of_every_sequence_and_nothing_else(data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 1 << 30)))
-    before = rng.standard_normal((LAYERS, PAGES, PAGE_SIZE, HEADS, DIM)).astype(np.float32)
+    before = rng.standard_normal((LAYERS, PAGES, HEADS, PAGE_SIZE, DIM)).astype(np.float32)
     order = rng.permutation(PAGES)
     tables = np.stack([order[:3], order[3:6]]).astype(np.int32)  # two sequences, up to three pages each
     size = 16
@@ -27,7 +27,7 @@ def test_append_writes_the_rows_of_every_sequence_and_nothing_else(data: st.Data
         positions[i, :count] = start + np.arange(count)
         for t in range(count):
             page, row = divmod(start + t, PAGE_SIZE)
-            expected[:, tables[i, page], row] = new[:, i, t]
+            expected[:, tables[i, page], :, row] = new[:, i, t]
     pool = append(
         KVPool(keys=jnp.asarray(before), values=jnp.asarray(before)),
         KVRows(keys=jnp.asarray(new), values=jnp.asarray(-new)),

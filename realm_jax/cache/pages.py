@@ -17,7 +17,7 @@ BLOCK_PAGES = 2  # attention reduces over blocks of this many pages, so that sum
 BLOCK_SIZE = PAGE_SIZE * BLOCK_PAGES
 
 # Logical axes of the pool's arrays and of new rows; sharding maps them to mesh axes.
-POOL_AXES = ("layers", "pages", "page", "kv_heads", "head_dim")
+POOL_AXES = ("layers", "pages", "kv_heads", "page", "head_dim")
 ROWS_AXES = ("layers", "tokens", "kv_heads", "head_dim")
 
 
@@ -25,8 +25,8 @@ ROWS_AXES = ("layers", "tokens", "kv_heads", "head_dim")
 class KVPool:
     """Cached rows of all sequences.
 
-    keys: [layers, pages, PAGE_SIZE, kv_heads, head_dim]. values: the same with value_dim, which is 0 where values are a
-    part of the keys (latent attention).
+    keys: [layers, pages, kv_heads, PAGE_SIZE, head_dim], the rows of one head together, as attention multiplies them.
+    values: the same with value_dim, which is 0 where values are a part of the keys (latent attention).
     """
 
     keys: jax.Array
@@ -66,7 +66,7 @@ def allocate_pool(
     num_layers: int, num_pages: int, kv_heads: int, head_dim: int, value_dim: int, dtype: Any = jnp.float32
 ) -> KVPool:
     """A pool of zeros. Its bytes: num_layers * num_pages * PAGE_SIZE * kv_heads * (head_dim + value_dim) * itemsize."""
-    shape = (num_layers, num_pages, PAGE_SIZE, kv_heads)
+    shape = (num_layers, num_pages, kv_heads, PAGE_SIZE)
     return KVPool(keys=jnp.zeros((*shape, head_dim), dtype), values=jnp.zeros((*shape, value_dim), dtype))
 
 
@@ -87,7 +87,7 @@ def append(pool: KVPool, rows: KVRows, tables: jax.Array, positions: jax.Array) 
     def write(cached: jax.Array, new: jax.Array) -> jax.Array:
         if not cached.shape[-1]:
             return cached
-        flat = new.reshape(new.shape[0], -1, *new.shape[3:]).astype(cached.dtype)
-        return cached.at[:, page, offset].set(flat, mode="drop")
+        flat = new.reshape(new.shape[0], -1, *new.shape[3:]).swapaxes(0, 1)  # [B * T, layers, kv_heads, dim]
+        return cached.at[:, page, :, offset].set(flat.astype(cached.dtype), mode="drop")
 
     return KVPool(keys=write(pool.keys, rows.keys), values=write(pool.values, rows.values))
