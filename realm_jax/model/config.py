@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from realm_jax.errors import GGUFError, InvalidRequestError, UnsupportedModelError
+from realm_jax.gguf.header import quote
 from realm_jax.model.architectures import ARCHITECTURES, ArchitectureSpec
 from realm_jax.model.metadata import MetadataReader
 from realm_jax.model.rope import BETA_FAST, BETA_SLOW, RopeConfig
@@ -107,7 +108,7 @@ def read_config(metadata: Mapping[str, Any], vocab_size: int, context_length: in
         raise GGUFError("metadata key general.architecture is missing; this file does not hold a language model")
     if architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"architecture {architecture!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}"
+            f"architecture {quote(architecture)} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}"
         )
     spec = ARCHITECTURES[architecture]
     read = MetadataReader(metadata, architecture)
@@ -257,12 +258,14 @@ def _ropes(
     read: MetadataReader, spec: ArchitectureSpec, dim: int, trained: int
 ) -> tuple[tuple[RopeConfig, ...], float]:
     """The rotation of global layers, that of windowed layers, and latent attention's softmax temperature."""
-    base = read.number("rope.freq_base", 10000.0, low=1.0, high=1e12)
+    base = read.number("rope.freq_base", 10000.0, low=2.0, high=1e12)  # YaRN divides by its logarithm
     scaling: Any = read.string("rope.scaling.type", "linear")
     if scaling not in ("none", "linear", "yarn", "longrope"):
         raise UnsupportedModelError(
-            f"rope scaling type {scaling!r} is not supported; supported are none, linear, yarn, longrope"
+            f"rope scaling type {quote(scaling)} is not supported; supported are none, linear, yarn, longrope"
         )
+    if scaling == "longrope" and not spec.rope_freqs:
+        raise UnsupportedModelError("rope scaling type longrope is not supported for this architecture")
     legacy = read.number("rope.scale_linear", 0.0, low=0.0, high=1e6)
     factor = read.number("rope.scaling.factor", legacy, low=0.0, high=1e6) or 1.0
     if scaling == "none":
@@ -299,7 +302,7 @@ def _ropes(
         magnitude=magnitude,
         extrapolation=1.0 if yarn else 0.0,
     )
-    local_base = read.number("rope.freq_base_swa", spec.local_rope_base or base, low=1.0, high=1e12)
+    local_base = read.number("rope.freq_base_swa", spec.local_rope_base or base, low=2.0, high=1e12)
     if spec.local_rope == "same":
         local = replace(rope, base=local_base)
     elif spec.local_rope == "unscaled":

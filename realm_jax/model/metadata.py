@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 
 from realm_jax.errors import GGUFError, UnsupportedModelError
+from realm_jax.gguf.header import quote
 
 _MISSING = object()
+
+MAX_INTEGER = (1 << 31) - 1  # what an int32 on the device holds
 
 
 class MetadataReader:
@@ -27,7 +30,7 @@ class MetadataReader:
             raise GGUFError(f"metadata key {name} is missing; the architecture requires it")
         return value
 
-    def integer(self, key: str, default: Any = _MISSING, *, low: int = 0, high: int = 1 << 31) -> int:
+    def integer(self, key: str, default: Any = _MISSING, *, low: int = 0, high: int = MAX_INTEGER) -> int:
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise GGUFError(f"metadata key {self._prefix}{key} is {_brief(value)}; it must be an integer")
@@ -35,15 +38,17 @@ class MetadataReader:
             raise GGUFError(f"metadata key {self._prefix}{key} is {value}; it must be from {low} to {high}")
         return int(value)
 
-    def per_layer(self, key: str, layers: int, default: Any = _MISSING, *, low: int = 0, high: int = 1 << 31) -> int:
+    def per_layer(
+        self, key: str, layers: int, default: Any = _MISSING, *, low: int = 0, high: int = MAX_INTEGER
+    ) -> int:
         """An integer that files may also give as an array, one a layer; Realm takes it only when all are equal."""
         value = self._get(key, default)
         if isinstance(value, (list, np.ndarray)):
             distinct = sorted({int(v) for v in value if isinstance(v, (int, np.integer))})
             if len(value) < layers or len(distinct) != 1:
                 raise UnsupportedModelError(
-                    f"metadata key {self._prefix}{key} differs between layers ({_brief(list(value))}); "
-                    "Realm needs one value for all layers"
+                    f"metadata key {self._prefix}{key} is {_brief(np.asarray(value).tolist())}; "
+                    f"Realm needs the same integer for all {layers} layers"
                 )
             if not low <= distinct[0] <= high:
                 raise GGUFError(f"metadata key {self._prefix}{key} is {distinct[0]}; it must be from {low} to {high}")
@@ -78,7 +83,7 @@ class MetadataReader:
         for name in self._metadata:
             if name.startswith(self._prefix) and name not in self._read:
                 raise UnsupportedModelError(
-                    f"metadata key {name} = {_brief(self._metadata[name])} is unknown for this architecture; "
+                    f"metadata key {quote(name)} = {_brief(self._metadata[name])} is unknown for this architecture; "
                     "ignoring it could change the model's output"
                 )
 

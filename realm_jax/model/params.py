@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from realm_jax.gguf import GGUFFile, open_gguf
+from realm_jax.model.capacity import check_fits
 from realm_jax.model.config import ModelConfig
 from realm_jax.model.plan import LayerPlan, plan_layers
 from realm_jax.model.rope import rotation_tables
@@ -67,11 +68,13 @@ def load_model(
 
     Raises:
         GGUFError, UnsupportedModelError, InvalidRequestError: see check_model.
+        CapacityError: the weights and one sequence of that length do not fit in memory.
     """
     if not isinstance(source, GGUFFile):
         with open_gguf(source) as file:
             return load_model(file, context_length, progress)
     config, specs = check_model(source, context_length)
+    check_fits(config, sum(source.tensors[spec.name].nbytes for spec in specs))
     reader = _Reader(source, specs, progress)
     groups: dict[str, list[TensorSpec]] = {}
     layer_stacks: list[dict[str, str]] = [{} for _ in range(config.num_layers)]

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from realm_jax.errors import GGUFError, UnsupportedModelError
+from realm_jax.gguf import GGMLType
 from realm_jax.model.config import ModelConfig, read_config
 
 Axes = tuple[str, ...]
+
+_INTEGERS = (GGMLType.I8, GGMLType.I16, GGMLType.I32, GGMLType.I64)  # types of indices, not of weights
 
 # Logical axes of each role, outermost first; sharding maps them to mesh axes. "embed" is the residual stream, "rank"
 # the small inner size of a factored projection.
@@ -111,8 +114,9 @@ def expected_tensors(config: ModelConfig, present: Mapping[str, Any]) -> list[Te
     if spec.rope_freqs:
         half = (c.ropes[0].dim // 2,)
         if c.ropes[0].scaling == "longrope" or c.architecture == "phi3":
-            table.append(TensorSpec("rope_factors_long.weight", half, required=False))
-            table.append(TensorSpec("rope_factors_short.weight", half, required=False))
+            pair = ("rope_factors_long.weight", "rope_factors_short.weight")
+            needed = c.ropes[0].scaling == "longrope" or any(name in present for name in pair)
+            table += [TensorSpec(name, half, required=needed) for name in pair]
         else:
             table.append(TensorSpec("rope_freqs.weight", half, required=False))
     for layer in range(c.num_layers):
@@ -253,6 +257,10 @@ def check_model(file: Any, context_length: int | None = None) -> tuple[ModelConf
             continue
         if tuple(info.shape) != spec.shape and not _same_vector(tuple(info.shape), spec.shape):
             raise GGUFError(f"tensor {spec.name} has shape {tuple(info.shape)}; the metadata asks for {spec.shape}")
+        if info.type in _INTEGERS:
+            raise UnsupportedModelError(
+                f"tensor {spec.name} is of type {info.type.name}; weights of a float or quantized type are accepted"
+            )
         held.append(spec)
     for name in tensors:
         if name not in expected:

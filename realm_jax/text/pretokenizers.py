@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ..errors import UnsupportedModelError
+from ..gguf.header import quote
 from .unicode_classes import WHITESPACE, is_han, major_category
 
 # One stand-in per category; ASCII characters stand for themselves.
@@ -453,5 +454,6 @@ def pre_tokenizer(name: str) -> PreTokenizer:
     try:
         return PRE_TOKENIZERS[name]
     except KeyError:
-        known = ", ".join(sorted(PRE_TOKENIZERS))
-        raise UnsupportedModelError(f"tokenizer.ggml.pre: unknown pre-tokenizer {name!r}; known: {known}") from None
+        raise UnsupportedModelError(
+            f"tokenizer.ggml.pre: unknown pre-tokenizer {quote(name)}; known: {', '.join(sorted(PRE_TOKENIZERS))}"
+        ) from None

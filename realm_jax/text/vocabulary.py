@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import TokenizerError, UnsupportedModelError
+from ..gguf.header import quote
 from .pretokenizers import PreTokenizer, pre_tokenizer
 
 MAX_TOKENS = 1 << 24
@@ -220,7 +221,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     kind = _KINDS.get(model)
     if kind is None:
         raise UnsupportedModelError(
-            f"tokenizer.ggml.model: {model!r} is not implemented; implemented: {', '.join(sorted(_KINDS))}"
+            f"tokenizer.ggml.model: {quote(model)} is not implemented; implemented: {', '.join(sorted(_KINDS))}"
         )
     pre = None
     if kind == "bpe":

@@ -1,0 +1,38 @@
+"""Whether a model fits in memory: asked before anything is allocated, as running out may end the whole process."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import jax
+
+from realm_jax.cache import BLOCK_SIZE
+from realm_jax.errors import CapacityError
+from realm_jax.model.config import ModelConfig
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes, or "max"
+
+
+def memory_limit() -> int | None:
+    """Bytes of memory that the first device has in all; None where that cannot be known."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is not None and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    limits = []
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(OSError, ValueError):  # no container, or no limit
+        limits.append(int(_CGROUP_LIMIT.read_text()))
+    return min(limits, default=None)
+
+
+def check_fits(config: ModelConfig, weights: int) -> None:
+    """CapacityError when `weights` bytes and the cache of one sequence of the full context are more than there is."""
+    limit = memory_limit()
+    tokens = -(-config.context_length // BLOCK_SIZE) * BLOCK_SIZE
+    cache = tokens * config.cache_bytes_per_token
+    if limit is not None and weights + cache > limit:
+        raise CapacityError(
+            f"the weights need {weights:,} bytes and the cache {cache:,} for a context of {config.context_length} "
+            f"tokens; there are {limit:,} bytes of memory in all: a smaller context_length or model needs less"
+        )
