@@ -443,6 +443,41 @@ def test_close_cancels_and_refuses(loop):
     loop.close()
 
 
+def test_a_request_that_was_refused_can_be_cancelled(loop):
+    """As the caller does whose submit() failed: there is nothing to take out of the books."""
+    stays, refused = make_request(b"abc", max_tokens=3), make_request(b"a" * 60, context_length=200, max_tokens=5)
+    with pytest.raises(CapacityError):
+        loop.submit([stays, refused])
+    loop.cancel([stays, refused])
+    assert refused.finish_reason == stays.finish_reason == "cancelled"
+    assert run(loop, [make_request(b"abc", max_tokens=3)])[0].tokens == expected_greedy(b"abc", 3)
+
+
+def test_ctrl_c_while_exclusive_work_is_announced(loop):
+    """It comes as the lock is given back, before anything runs: the loop must not wait for that work for ever."""
+
+    class Interrupted(threading.Condition):
+        armed = True
+
+        def __exit__(self, *args):
+            super().__exit__(*args)
+            if self.armed:
+                self.armed = False
+                raise KeyboardInterrupt
+
+    loop._changed = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        loop.exclusively(4, lambda table: None)
+    assert not loop._changed.armed
+    request = make_request(b"abc", max_tokens=3)
+    loop.submit([request])
+    outcome = []
+    thread = threading.Thread(target=lambda: outcome.append(collect(loop.pieces(request))), daemon=True)
+    thread.start()
+    thread.join(timeout=30)
+    assert [result.tokens for result in outcome] == [expected_greedy(b"abc", 3)]
+
+
 def test_close_while_another_thread_runs(loop, runner):
     runner.before_step = lambda tokens, starts: time.sleep(0.002)
     requests = [make_request(prompt(i, 5), max_tokens=40) for i in range(6)]

@@ -337,7 +337,10 @@ def test_use_after_close(path):
     with LLM(path, context_length=CONTEXT, mesh=None, draft=None, adapters=None) as llm:
         stream = llm.stream("the cat", SamplingParams(max_tokens=50, ignore_eos=True))
         next(stream)
+        not_started = llm.stream("the cat")
     assert list(stream)[-1].finish_reason == "cancelled"
+    with pytest.raises(InvalidRequestError, match="closed"):
+        next(not_started)
     calls = [
         lambda: llm.generate("the"),
         lambda: llm.stream("the"),

@@ -144,14 +144,16 @@ class HostLoop:
             finally:
                 self.scheduler.pages.release(pages)
 
-        with self._changed:
-            self._check_open()
-            self._exclusive += 1
+        counted = False  # Ctrl-C may come before the count or after it, and a count too many stops everybody else
         try:
+            with self._changed:
+                self._check_open()
+                self._exclusive += 1
+                counted = True
             self._drive(turn, until=lambda: bool(done), exclusive=True)
         finally:
             with self._changed:
-                self._exclusive -= 1
+                self._exclusive -= counted
                 self._changed.notify_all()
         return done[0]
 
@@ -198,9 +200,11 @@ class HostLoop:
         for request in submitted:
             self.scheduler.submit(request)
         for request in cancelled:
-            if not request.done:
+            if request.done:
+                continue
+            if request in self.scheduler:  # not where submitting it was refused or interrupted
                 self.scheduler.remove(request)
-                request.cancel()
+            request.cancel()
 
     def _step(self) -> None:
         """One batch. What fails in it ends the requests that run, not the loop."""

@@ -108,6 +108,10 @@ class Scheduler(Generic[S]):
                 f"{limit} tokens need {needed} pages of the cache; it has {most}: {most * self._page_size} tokens"
             )
 
+    def __contains__(self, sequence: S) -> bool:
+        """Whether it waits or runs here."""
+        return sequence.slot is not None or sequence in self.waiting
+
     def submit(self, sequence: S) -> None:
         self.waiting.append(sequence)
 
