@@ -103,6 +103,28 @@ def test_no_program_is_compiled_twice_and_there_are_few(models: dict) -> None:
     assert named == []
 
 
+def test_mixed_batches_compile_nothing_once_their_buckets_are_warm(models: dict, caplog) -> None:
+    """Who is in which group, and a prompt's exact length, make no program; the rows come back in their order."""
+    runner = Runner(models["llama"], max_batch=8)
+    table = tables(runner, 8)
+
+    def mixed(decoding: int, chunks: int) -> None:
+        rows = [tokens(1, seed=i) for i in range(decoding)] + [tokens(9 + i, seed=i) for i in range(chunks)]
+        rows = rows[::2] + rows[1::2]
+        out = np.asarray(runner.step(rows, [0] * len(rows), table[: len(rows)]))
+        for i, row in enumerate(rows):
+            np.testing.assert_array_equal(out[i], np.asarray(runner.step([row], [0], table[:1]))[0])
+
+    mixed(4, 4)
+    runner.step_all(tokens(150), 0, table[0])
+    with jax.log_compiles():
+        for decoding, chunks in ((3, 3), (3, 4), (4, 3)):
+            mixed(decoding, chunks)
+        for count in (147, 149):
+            assert runner.step_all(tokens(count), 0, table[0]).shape == (count, runner.vocab_size)
+    assert [record.message for record in caplog.records if "ompil" in record.message] == []
+
+
 def jaxpr_of(model, rows: int, size: int) -> jax.extend.core.ClosedJaxpr:
     runner = Runner(model, max_batch=rows)
     captured = {}

@@ -1,6 +1,5 @@
 """The runner: owns the page pool on the device and the compiled programs, and runs batches of sequences."""
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -15,8 +14,6 @@ from realm_jax.engine.compile_cache import enable_compile_cache
 from realm_jax.errors import BackendError
 from realm_jax.model.decoder import forward, logits
 from realm_jax.model.params import Model, Params
-
-_log = logging.getLogger(__name__)
 
 Wanted = Literal["last", "all", "hidden"]
 BACKENDS = ("auto", "xla", "native", "pallas")
@@ -83,11 +80,12 @@ class Runner:
             outputs.append((members, out))
         if len(outputs) == 1:
             return outputs[0][1]
-        order = np.concatenate([members for members, _ in outputs])
-        rows = jnp.concatenate([out[: len(members)] for members, out in outputs])
         back = np.zeros(self.buckets.row_bucket(len(tokens)), np.int32)
-        back[order] = np.arange(len(order))
-        return rows[back]
+        at = 0
+        for members, out in outputs:
+            back[members] = at + np.arange(len(members))
+            at += out.shape[0]
+        return _in_order([out for _, out in outputs], back)
 
     def step_all(self, tokens: np.ndarray, start: int, table: np.ndarray) -> np.ndarray:
         """Appends tokens to one sequence; float32 [T, vocab] logits at every one of them."""
@@ -98,12 +96,14 @@ class Runner:
         return self._run_all("hidden", tokens, start, table)
 
     def _run_all(self, wanted: Wanted, tokens: np.ndarray, start: int, table: np.ndarray) -> np.ndarray:
-        parts = []
+        c = self.model.config
+        result = np.empty((len(tokens), c.hidden_size if wanted == "hidden" else c.vocab_size), np.float32)
         for at in range(0, len(tokens), self.chunk):
             part = tokens[at : at + self.chunk]
             out = self._run(wanted, [part], [start + at], table[None], self.buckets.token_bucket(len(part)))
-            parts.append(np.asarray(out[0, : len(part)]))
-        return np.concatenate(parts)
+            # Cut on the host: a slice of a jax array would be one more program for every length.
+            result[at : at + len(part)] = np.asarray(out)[0, : len(part)]
+        return result
 
     def _run(
         self, wanted: Wanted, tokens: Sequence[np.ndarray], starts: Sequence[int], tables: np.ndarray, size: int
@@ -127,7 +127,7 @@ class Runner:
             self._pool = allocate_pool(c.num_layers, self.num_pages, c.num_kv_heads, c.head_dim, c.value_dim)
         args = (self.model.params, self._pool, ids, positions, table, lengths, last, blocks)
         program = self._program(wanted, rows, size, args)
-        self._pool = None  # donated: if the call fails, a fresh pool is made, and what was cached is recomputed
+        self._pool = None  # donated: if the call fails, what was cached is lost, and the next call makes a fresh pool
         out, self._pool = program(*args)
         return out
 
@@ -176,10 +176,16 @@ def _run_batch(
     return logits(params, config, hidden, backend=backend), pool
 
 
+@jax.jit
+def _in_order(groups: list[jax.Array], back: jax.Array) -> jax.Array:
+    """Rows `back` of all groups together. One program, over buckets of rows only, whoever is in which group."""
+    return jnp.concatenate(groups)[back]
+
+
 def resolve_backend(name: str) -> str:
     """The backend a user's choice stands for. BackendError when it is not available here."""
     if name not in BACKENDS:
-        raise BackendError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
+        raise BackendError(f"backend is {name!r}; accepted: auto, xla")
     if name == "native":
         raise BackendError("backend 'native' is not part of this version; use 'auto' or 'xla'")
     if name == "pallas":
