@@ -23,9 +23,9 @@ from realm_jax.arguments import (
 from realm_jax.engine.loop import HostLoop
 from realm_jax.engine.request import Request, choice_seed, collect
 from realm_jax.engine.runner import Runner, resolve_backend
-from realm_jax.errors import ChatTemplateError, InvalidRequestError
+from realm_jax.errors import ChatTemplateError, InvalidRequestError, RealmError
 from realm_jax.gguf import open_gguf
-from realm_jax.model import load_model
+from realm_jax.model import check_model, load_model
 from realm_jax.registry import resolve
 from realm_jax.results import Piece, Result
 from realm_jax.sampling_params import SamplingParams, shown
@@ -35,6 +35,7 @@ Prompt = str | Sequence[int] | np.ndarray
 Progress = Callable[[str, int, int], None]
 
 MAX_BATCH = 1024
+_MAX_LOG = 709  # exp of more is no float
 
 
 class LLM:
@@ -87,8 +88,9 @@ class LLM:
             raise InvalidRequestError(f"model is {brief(model)}; accepted: a path, a model's name or a repository id")
         with open_gguf(resolve(model, progress)) as file:
             self.path = Path(file.path)
-            loaded = load_model(file, context_length, progress)
+            check_model(file, context_length)  # before the tokenizer, and both before the weights, which take long
             self._tokenizer = load_tokenizer(file)
+            loaded = load_model(file, context_length, progress)
             self._template: ChatTemplate | ChatTemplateError
             try:
                 self._template = load_chat_template(file)
@@ -276,6 +278,7 @@ class LLM:
 
         Raises:
           InvalidRequestError: the text has fewer tokens than one chunk, or the chunk does not fit the context.
+          RealmError: the model's logits are not finite, or give a likelihood beyond all floats.
         """
         runner = self._check_open()
         if (
@@ -300,7 +303,10 @@ class LLM:
                 ids[0] = self._tokenizer.bos_id
             logits = self._loop.exclusively(len(ids), partial(runner.step_all, ids, 0))
             total += _negative_log_likelihood(logits[first:-1], chunk[first + 1 :])
-        return math.exp(total / (count * (context_length - first - 1)))
+        mean = total / (count * (context_length - first - 1))
+        if not mean < _MAX_LOG:
+            raise RealmError(f"the mean negative log-likelihood is {mean:g}; a perplexity is at most exp({_MAX_LOG})")
+        return math.exp(mean)
 
     def close(self) -> None:
         """Cancels what runs and lets go of the weights. Any other use of the object afterwards is refused."""

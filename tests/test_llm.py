@@ -18,6 +18,7 @@ from realm_jax import LLM, SamplingParams
 from realm_jax.errors import (
     ChatTemplateError,
     InvalidRequestError,
+    RealmError,
 )
 
 CONTEXT = 160
@@ -303,6 +304,14 @@ def test_perplexity(llm, spm):
     assert value == pytest.approx(reference_perplexity(llm, tokens, 32), rel=1e-5)
     tokens = spm.tokenize(text)
     assert spm.perplexity(text, 33) == pytest.approx(reference_perplexity(spm, tokens, 33, bos=1), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [np.nan, 1e6])
+def test_a_perplexity_that_is_no_number_is_an_error(llm, monkeypatch, scale):
+    step_all = llm._runner.step_all
+    monkeypatch.setattr(llm._runner, "step_all", lambda *args: step_all(*args) * np.float32(scale))
+    with pytest.raises(RealmError, match="the mean negative log-likelihood is"):
+        llm.perplexity("the cat sat on the mat. " * 20, context_length=32)
 
 
 def test_tokenize_and_back(llm, spm):

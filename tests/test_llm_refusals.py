@@ -10,9 +10,12 @@ from realm_jax import LLM, SamplingParams
 from realm_jax.errors import (
     BackendError,
     ChatTemplateError,
+    GGUFError,
     InvalidRequestError,
     ModelNotFoundError,
     RealmError,
+    TokenizerError,
+    UnsupportedModelError,
 )
 
 CONTEXT = 160
@@ -196,6 +199,25 @@ def test_bad_options_of_the_constructor(path, options, error, message):
 def test_what_is_no_model(model):
     with pytest.raises(InvalidRequestError, match="model is"):
         LLM(model)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "error"),
+    [
+        ({"tokenizer.ggml.model": "mystery"}, UnsupportedModelError),
+        ({"tokenizer.ggml.bos_token_id": 10**6}, TokenizerError),
+        ({"tokenizer.ggml.model": "mystery", "llama.block_count": 0}, GGUFError),  # the model's own mistakes first
+    ],
+    ids=str,
+)
+def test_a_bad_vocabulary_is_refused_before_weights_are_read(tmp_path, metadata, error):
+    spec = tiny_spec("llama")
+    spec.metadata.update(metadata)
+    write_spec(spec, tmp_path / "bad.gguf", label="bad")
+    told = []
+    with pytest.raises(error):
+        LLM(tmp_path / "bad.gguf", progress=lambda *args: told.append(args))
+    assert told == []
 
 
 def test_a_missing_file(tmp_path):
