@@ -16,7 +16,7 @@ from text_vocabularies import vocabulary
 
 from realm_jax.errors import InvalidRequestError, TokenizerError
 from realm_jax.gguf import open_gguf
-from realm_jax.text import StreamDetokenizer, Tokenizer, load_tokenizer
+from realm_jax.text import StreamDetokenizer, Tokenizer, load_tokenizer, word_cache
 
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -329,3 +329,19 @@ def test_time_grows_with_length_only(metadata: dict[str, Any]) -> None:
         tokenizer.encode(text[:40_000])
         # Quadratic algorithms need 10**9 steps here.
         assert time.process_time() - start < 3, name
+
+
+def test_words_seen_are_kept_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(word_cache, "_WORDS", 3)
+    asked: list[str] = []
+
+    def encode(word: str) -> list[int]:
+        asked.append(word)
+        return [len(word)]
+
+    words = word_cache.WordCache(encode)
+    long = "x" * 65
+    assert [words[word] for word in ("a", "bb", "a", "ccc", long, long)] == [[1], [2], [1], [3], [65], [65]]
+    assert asked == ["a", "bb", "ccc", long, long]  # a long word is not worth a place
+    assert words["dddd"] == [4]
+    assert list(words) == ["dddd"]

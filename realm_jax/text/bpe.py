@@ -6,10 +6,9 @@ from tokenizers import models
 
 from .unicode_classes import WHITESPACE, simple_lower
 from .vocabulary import Vocabulary
+from .word_cache import WordCache
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
-_CACHED_WORDS = 1 << 16
-_CACHED_LENGTH = 64
 
 
 def byte_characters() -> dict[int, str]:
@@ -42,7 +41,7 @@ class BytePairEncoder:
         if _SURROGATES.search("".join(vocab)):
             vocab = {token: id for token, id in vocab.items() if not _SURROGATES.search(token)}
         self._model = models.BPE(vocab=vocab, merges=merges)
-        self._cache: dict[str, list[int]] = {}
+        self._words = WordCache(self._encode_word)
 
     def encode(self, text: str) -> list[int]:
         if self.drop_whitespace:
@@ -62,16 +61,8 @@ class BytePairEncoder:
 
     def _encode_text(self, text: str) -> list[int]:
         out: list[int] = []
-        cache = self._cache
         for word in self.pre.split(text, self._collapse):
-            ids = cache.get(word)
-            if ids is None:
-                ids = self._encode_word(word)
-                if len(word) <= _CACHED_LENGTH:
-                    if len(cache) >= _CACHED_WORDS:
-                        cache.clear()
-                    cache[word] = ids
-            out += ids
+            out += self._words[word]
         return out
 
     def _encode_word(self, word: str) -> list[int]:

@@ -336,7 +336,7 @@ class PreTokenizer:
 
     ignore_merges: a word that is a token as a whole is taken without merging. byte_encode: words are mapped to GPT-2's
     printable stand-ins for bytes; otherwise tokens hold plain UTF-8 and unknown characters become `<0xXX>` tokens.
-    add_bos, add_sep: the defaults where the file does not say. clean_spaces: llama.cpp's detokenizer drops spaces
+    add_bos: the default where the file does not say. clean_spaces: llama.cpp's detokenizer drops spaces
     before punctuation. escape_whitespaces: spaces become U+2581 first. newline_runs: a run of line feeds that is a
     token is taken as a whole."""
 
@@ -346,7 +346,6 @@ class PreTokenizer:
     ignore_merges: bool = False
     byte_encode: bool = True
     add_bos: bool = False
-    add_sep: bool = False
     no_bos: bool = False
     clean_spaces: bool = True
     escape_whitespaces: bool = False
@@ -394,13 +393,12 @@ _NAMES: dict[str, tuple[Sequence[str], str, dict[str, bool]]] = {
     "gpt2": (
         (
             *("mpt", "gpt-2", "phi-2", "jina-es", "jina-de", "gigachat", "jina-v2-es", "jina-v2-de", "a.x-4.0"),
-            *("mellum", "modern-bert", "olmo", "jais", "exaone4"),
+            *("mellum", "modern-bert", "olmo", "jais", "exaone4", "jina-v1-en", "jina-v2-code", "roberta-bpe"),
         ),
         "gpt2",
         {},
     ),
     "gpt2-keep": (("trillion", "granite-docling"), "gpt2", _KEEP),
-    "gpt2-sep": (("jina-v1-en", "jina-v2-code", "roberta-bpe"), "gpt2", {"add_sep": True}),
     "digits-gpt2": (("starcoder", "refact", "codeshell", "exaone", "minerva-7b", "mellum2"), "digits-gpt2", {}),
     "digits-gpt2-keep": (("command-r", "smollm"), "digits-gpt2", _KEEP),
     "jais-2": (("jais-2",), "jais2", {}),

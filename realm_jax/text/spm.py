@@ -5,9 +5,7 @@ from heapq import heapify, heappop, heappush
 
 from ..errors import TokenizerError
 from .vocabulary import Vocabulary
-
-_CACHED_WORDS = 1 << 16
-_CACHED_LENGTH = 64
+from .word_cache import WordCache
 
 
 class SentencePieceEncoder:
@@ -19,20 +17,12 @@ class SentencePieceEncoder:
         # Sorting keys: smaller is merged first.
         self._cost: list[float] = (-vocabulary.scores).tolist()
         self._cut = word_boundaries(vocabulary.tokens)
-        self._cache: dict[str, list[int]] = {}
+        self._words = WordCache(self._merge)
 
     def encode(self, text: str) -> list[int]:
         out: list[int] = []
-        cache = self._cache
         for word in self._cut.split(text.replace(" ", "▁")):
-            ids = cache.get(word)
-            if ids is None:
-                ids = self._merge(word)
-                if len(word) <= _CACHED_LENGTH:
-                    if len(cache) >= _CACHED_WORDS:
-                        cache.clear()
-                    cache[word] = ids
-            out += ids
+            out += self._words[word]
         return out
 
     def _merge(self, word: str) -> list[int]:

@@ -3,9 +3,8 @@
 from .charsmap import Charsmap
 from .spm import word_boundaries
 from .vocabulary import TokenAttr, Vocabulary
+from .word_cache import WordCache
 
-_CACHED_WORDS = 1 << 16
-_CACHED_LENGTH = 64
 _UNKNOWN_PENALTY = 10.0
 
 
@@ -38,19 +37,12 @@ class UnigramEncoder:
         self._space = "▁" if vocabulary.escape_whitespaces else " "
         self._prefix = vocabulary.add_space_prefix
         self._merge_spaces = vocabulary.remove_extra_whitespaces
-        self._cache: dict[str, list[int]] = {}
+        self._words = WordCache(self._best)
 
     def encode(self, text: str) -> list[int]:
         out: list[int] = []
-        cache = self._cache
         for word in self._cut.split(self._spaced(self._normalizer.normalize(text))):
-            ids = cache.get(word)
-            if ids is None:
-                ids = self._best(word)
-                if len(word) <= _CACHED_LENGTH:
-                    if len(cache) >= _CACHED_WORDS:
-                        cache.clear()
-                    cache[word] = ids
+            ids = self._words[word]
             if out and ids and out[-1] == self.unknown == ids[0]:
                 ids = ids[1:]
             out += ids

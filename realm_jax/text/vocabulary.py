@@ -141,7 +141,6 @@ class Vocabulary:
     charsmap: bytes = b""
     add_bos: bool = False
     add_eos: bool = False
-    add_sep: bool = False
     add_space_prefix: bool = False
     remove_extra_whitespaces: bool = False
     escape_whitespaces: bool = True
@@ -251,7 +250,6 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         charsmap=_read_charsmap(reader) if kind == "ugm" else b"",
         add_bos=reader.flag("add_bos_token", pre.add_bos if pre else kind in ("spm", "wpm")),
         add_eos=reader.flag("add_eos_token", kind == "ugm"),
-        add_sep=reader.flag("add_sep_token", pre.add_sep if pre else kind == "wpm"),
         add_space_prefix=reader.flag("add_space_prefix", kind == "spm"),
         remove_extra_whitespaces=reader.flag("remove_extra_whitespaces", False),
         escape_whitespaces=pre.escape_whitespaces if pre else True,
@@ -443,7 +441,7 @@ def _check_added_ids(vocabulary: Vocabulary) -> None:
     needs = [
         ("bos", vocabulary.add_bos or always, "add_bos_token"),
         ("eos", vocabulary.add_eos and vocabulary.kind != "wpm", "add_eos_token"),
-        ("sep", always, "add_sep_token"),
+        ("sep", always, "the vocabulary's kind"),
         ("unk", vocabulary.kind in ("wpm", "ugm"), "the vocabulary's kind"),
     ]
     for name, needed, reason in needs:

@@ -2,9 +2,8 @@
 
 from .unicode_classes import WHITESPACE, first_decomposed, major_category, simple_lower
 from .vocabulary import Vocabulary
+from .word_cache import WordCache
 
-_CACHED_WORDS = 1 << 16
-_CACHED_LENGTH = 64
 _ASCII_SYMBOLS = frozenset("$+<=>^`|~")
 
 # The ideographs that are words of their own (the first of the last extension's range is one later than the block's).
@@ -55,22 +54,13 @@ class WordPieceEncoder:
         self.unknown = vocabulary.special["unk"]
         self._longest = max(map(len, vocabulary.tokens))
         self._normalizer = _Normalizer(vocabulary.lowercase, vocabulary.strip_accents)
-        self._cache: dict[str, list[int]] = {}
+        self._words = WordCache(self._cut)
 
     def encode(self, text: str) -> list[int]:
         out: list[int] = []
-        cache = self._cache
         for word in text.translate(self._normalizer).split(" "):
-            if not word:
-                continue
-            ids = cache.get(word)
-            if ids is None:
-                ids = self._cut(word)
-                if len(word) <= _CACHED_LENGTH:
-                    if len(cache) >= _CACHED_WORDS:
-                        cache.clear()
-                    cache[word] = ids
-            out += ids
+            if word:
+                out += self._words[word]
         return out
 
     def _cut(self, word: str) -> list[int]:
