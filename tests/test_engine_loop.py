@@ -391,18 +391,22 @@ def test_exclusive_work_waits_for_pages_and_comes_before_those_that_wait(loop, r
 
 
 def test_exclusive_work_from_another_thread_while_one_streams(loop, runner):
-    runner.before_step = lambda tokens, starts: time.sleep(0.001)
+    """It is announced during the sixth step, and has its turn right after it."""
     request = make_request(b"abc", max_tokens=40)
-    loop.submit([request])
     order = []
     thread = threading.Thread(target=lambda: order.append(loop.exclusively(4, lambda table: len(runner.steps))))
-    stream = loop.pieces(request)
-    next(stream)
-    thread.start()
-    rest = list(stream)
+
+    def announce(tokens, starts):
+        if len(runner.steps) == 5:
+            thread.start()
+            while not loop._exclusive:
+                time.sleep(0.001)
+
+    runner.before_step = announce
+    loop.submit([request])
+    assert collect(loop.pieces(request)).tokens == expected_greedy(b"abc", 40)
     thread.join(timeout=30)
-    assert len(rest) == 39
-    assert order[0] < 40  # it did not have to wait for the end of the stream
+    assert order == [6]
 
 
 def test_failing_exclusive_work(loop):
