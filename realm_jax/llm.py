@@ -1,6 +1,7 @@
 """One model in this process: text, chat, logits, embeddings and perplexity."""
 
 import math
+import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -101,6 +102,7 @@ class LLM:
         if progress is not None:
             runner.on_compile = lambda what: progress(f"compiling for {what}", 0, 0)
         self._runner: Runner | None = runner
+        self._process = os.getpid()
         self._loop = HostLoop(runner)
 
     @property
@@ -326,6 +328,8 @@ class LLM:
     def _check_open(self) -> Runner:
         if self._runner is None:
             raise InvalidRequestError("the model was closed; load it again")
+        if os.getpid() != self._process:  # JAX's threads do not come along: the first step would wait for ever
+            raise InvalidRequestError("the model was loaded before a fork; load it in the process that uses it")
         return self._runner
 
     def _run(self, groups: list[list[Request]]) -> list[Result]:

@@ -115,8 +115,8 @@ def shown(value: Any) -> str:
     """A value for a message: its repr on one line and of bounded length."""
     try:
         text = " ".join(repr(value).split())
-    except ValueError:  # an integer of more digits than Python will print
-        text = f"a huge {type(value).__name__}"
+    except Exception:  # an integer of more digits than Python will print, or a repr of the caller's that fails
+        text = f"a value of type {type(value).__name__} that cannot be shown"
     return text if len(text) <= 80 else text[:77] + "..."
 
 

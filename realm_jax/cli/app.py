@@ -1,5 +1,6 @@
 """The command table, and what every command shares: exit codes and one-line errors."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -75,7 +76,8 @@ def run(arguments: Sequence[str]) -> int:
             raise
         message, code = _explain(error)
         _finish_line()
-        print(f"error: {one_line(message)}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody may be left to read it; the exit code stays
+            print(f"error: {one_line(message)}", file=sys.stderr)
         return code
 
 

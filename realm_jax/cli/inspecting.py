@@ -91,4 +91,4 @@ def tokenize(
         pieces = [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in tokens]
         write_json({"tokens": tokens, "pieces": pieces})
     else:
-        print(*tokens)
+        print(" ".join(map(str, tokens)))

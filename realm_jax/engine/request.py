@@ -11,7 +11,7 @@ from realm_jax.engine.scheduler import Sequence
 from realm_jax.engine.stop_text import StopText
 from realm_jax.errors import InvalidRequestError
 from realm_jax.results import FinishReason, Piece, Result, Timing, TokenLogprob, Usage
-from realm_jax.sampling_params import SamplingParams
+from realm_jax.sampling_params import SamplingParams, shown
 from realm_jax.text import StreamDetokenizer, Tokenizer
 
 
@@ -158,7 +158,7 @@ def _limit(prompt: int, max_tokens: int | None, context_length: int) -> int:
         return context_length
     if prompt + max_tokens > context_length:
         raise InvalidRequestError(
-            f"a prompt of {prompt} tokens and max_tokens {max_tokens} make {prompt + max_tokens}; the context holds "
-            f"{context_length} tokens; accepted: max_tokens up to {context_length - prompt}"
+            f"a prompt of {prompt} tokens and max_tokens {shown(max_tokens)} make {shown(prompt + max_tokens)}; "
+            f"the context holds {context_length} tokens; accepted: max_tokens up to {context_length - prompt}"
         )
     return prompt + max_tokens

@@ -1,6 +1,7 @@
 """The runner: owns the page pool on the device and the compiled programs, and runs batches of sequences."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ import numpy as np
 from realm_jax.cache import BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, CacheView, KVPool, allocate_pool, append
 from realm_jax.engine.buckets import Buckets
 from realm_jax.engine.compile_cache import enable_compile_cache
-from realm_jax.errors import BackendError
+from realm_jax.errors import BackendError, CapacityError
 from realm_jax.model.decoder import forward, logits
 from realm_jax.model.params import Model, Params
 
@@ -122,13 +123,14 @@ class Runner:
             last[i] = n - 1
         table[: len(tokens)] = tables
         blocks = np.int32(-(-(int(positions.max()) + 1) // BLOCK_SIZE))
-        if self._pool is None:
-            c = self.model.config
-            self._pool = allocate_pool(c.num_layers, self.num_pages, c.num_kv_heads, c.head_dim, c.value_dim)
-        args = (self.model.params, self._pool, ids, positions, table, lengths, last, blocks)
-        program = self._program(wanted, rows, size, args)
-        self._pool = None  # donated: if the call fails, what was cached is lost, and the next call makes a fresh pool
-        out, self._pool = program(*args)
+        with _naming_lack_of_memory():
+            if self._pool is None:
+                c = self.model.config
+                self._pool = allocate_pool(c.num_layers, self.num_pages, c.num_kv_heads, c.head_dim, c.value_dim)
+            args = (self.model.params, self._pool, ids, positions, table, lengths, last, blocks)
+            program = self._program(wanted, rows, size, args)
+            self._pool = None  # donated: if the call fails, what was cached is lost; the next call makes a fresh pool
+            out, self._pool = program(*args)
         return out
 
     def _program(self, wanted: Wanted, rows: int, size: int, args: tuple) -> Callable[..., Any]:
@@ -141,6 +143,18 @@ class Runner:
             )
             self._programs[key] = jax.jit(run, donate_argnums=1).lower(*args).compile()
         return self._programs[key]
+
+
+@contextmanager
+def _naming_lack_of_memory() -> Iterator[None]:
+    """Tells what a device's "resource exhausted" means to a user."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        first = str(error).partition("\n")[0]
+        raise CapacityError(f"out of memory ({first}): a smaller context_length or max_batch needs less") from error
 
 
 def _run_batch(
