@@ -297,6 +297,25 @@ def test_chat_takes_a_turn_a_line(tiny: Path, tmp_path: Path) -> None:
     assert done.stdout.count(b"\n") >= 2
 
 
+def test_chat_answers_a_program_line_by_line(tiny: Path, tmp_path: Path) -> None:
+    """Through pipes that stay open: each answer comes before the next line is sent."""
+    (tmp_path / "template").write_text("{{ messages[-1].content }}")
+    command = [*REALM, "chat", str(tiny), "--template", str(tmp_path / "template"), "--max-tokens", "4"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in (b"one\n", b"two\r\n"):
+            process.stdin.write(line)
+            process.stdin.flush()
+            assert process.stdout.readline().endswith(b"\n")
+        process.stdin.write(b"caf\xe9\n")
+        process.stdin.close()
+        said = process.stderr.read()
+        assert process.wait(60) == 2
+    assert said == b"error: line 3 of standard input is not UTF-8 text: byte 0xe9 at offset 3\n"
+
+
 def test_chat_without_a_template_is_refused(realm: Realm, tiny: Path) -> None:
     assert_refused(realm("generate", tiny, "-p", "x", "--chat"), "tokenizer.chat_template")
 

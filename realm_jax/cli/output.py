@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from realm_jax.errors import InvalidRequestError
+
+MAX_TEXT = 1 << 26  # bytes read from a file or pipe: some never end
 
 
 def one_line(text: str) -> str:
@@ -60,14 +62,34 @@ def read_text(source: str) -> str:
     """The text of a file, or of the standard input for "-".
 
     Raises:
-        InvalidRequestError: it cannot be read, or is no UTF-8.
+        InvalidRequestError: it cannot be read, has more than MAX_TEXT bytes, or is no UTF-8.
     """
     shown = "standard input" if source == "-" else source
     try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        if source == "-":
+            data = sys.stdin.buffer.read(MAX_TEXT + 1)
+        else:
+            with open(source, "rb") as file:
+                data = file.read(MAX_TEXT + 1)
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise InvalidRequestError(f"cannot read {shown}: {reason}") from error
+    if len(data) > MAX_TEXT:
+        raise InvalidRequestError(f"{shown} has more than the {MAX_TEXT:,} bytes a text may have")
+    return _decoded(data, shown)
+
+
+def read_lines() -> Iterator[str]:
+    """The lines of the standard input, each as soon as it is there.
+
+    Raises:
+        InvalidRequestError: one is no UTF-8. One of more than MAX_TEXT bytes is cut into several.
+    """
+    for number, line in enumerate(iter(lambda: sys.stdin.buffer.readline(MAX_TEXT), b""), 1):
+        yield _decoded(line, f"line {number} of standard input").rstrip("\r\n")
+
+
+def _decoded(data: bytes, shown: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

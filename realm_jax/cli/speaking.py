@@ -9,7 +9,7 @@ import typer
 
 from realm_jax.cli import options
 from realm_jax.cli.options import given
-from realm_jax.cli.output import one_line, read_text, write_json, write_text
+from realm_jax.cli.output import one_line, read_lines, read_text, write_json, write_text
 from realm_jax.cli.progress import Bars, progress_bars
 from realm_jax.errors import InvalidRequestError, RealmError
 
@@ -204,7 +204,7 @@ def _write_stream(pieces: "Iterator[Piece]", bars: Bars | None) -> str:
 def _lines() -> Iterator[str]:
     """The user's turns: from a terminal with a prompt and line editing, else the lines of the standard input."""
     if not sys.stdin.isatty():
-        yield from (line for line in read_text("-").splitlines() if line.strip())
+        yield from (line for line in read_lines() if line.strip())
         return
     import readline  # noqa: F401  (line editing for input())
 
