@@ -164,7 +164,12 @@ def _drop_tensor(name: str) -> Callable[[ModelSpec], None]:
         ("llama", _set("llama.mystery", 7), UnsupportedModelError, "llama.mystery"),
         ("llama", _set("llama.attention.causal", False), UnsupportedModelError, "attention.causal"),
         ("llama", _set("llama.attention.head_count_kv", 3), GGUFError, "4 attention heads do not share 3"),
-        ("llama", _set("llama.attention.head_count_kv", [2, 4, 2]), UnsupportedModelError, "head_count_kv differs"),
+        (
+            "llama",
+            _set("llama.attention.head_count_kv", [2, 4, 2]),
+            UnsupportedModelError,
+            "head_count_kv is .2, 4, 2.; Realm needs the same",
+        ),
         ("llama", _set("llama.rope.dimension_count", 7), GGUFError, "rope.dimension_count"),
         ("llama", _set("llama.block_count", 0), GGUFError, "llama.block_count"),
         ("llama", _set("llama.block_count", 4), GGUFError, "blk.3.attn_norm.weight"),
