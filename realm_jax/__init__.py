@@ -11,6 +11,7 @@ Names are loaded when first used, so that reading a file's header or tokenizing 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from realm_jax.engine.interrupt import interrupt_deferred
 from realm_jax.errors import (
     AdapterError,
     BackendError,
@@ -52,7 +53,8 @@ _LAZY = {"LLM": "realm_jax.llm", "SamplingParams": "realm_jax.sampling_params"}
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+        with interrupt_deferred():  # a Ctrl-C while jax is imported may end the process with a traceback of C++
+            return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -21,6 +21,7 @@ from realm_jax.arguments import (
     refuse_options,
     refuse_request_options,
 )
+from realm_jax.engine.interrupt import interrupt_deferred
 from realm_jax.engine.loop import HostLoop
 from realm_jax.engine.request import Request, choice_seed, collect
 from realm_jax.engine.runner import Runner, resolve_backend
@@ -89,8 +90,9 @@ class LLM:
             raise InvalidRequestError(f"model is {brief(model)}; accepted: a path, a model's name or a repository id")
         with open_gguf(resolve(model, progress)) as file:
             self.path = Path(file.path)
-            check_model(file, context_length)  # before the tokenizer, and both before the weights, which take long
-            self._tokenizer = load_tokenizer(file)
+            with interrupt_deferred():
+                check_model(file, context_length)  # before the tokenizer, and both before the weights, which take long
+                self._tokenizer = load_tokenizer(file)
             loaded = load_model(file, context_length, progress)
             self._template: ChatTemplate | ChatTemplateError
             try:

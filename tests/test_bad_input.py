@@ -6,6 +6,7 @@ test_text_vocabulary; here is what a well-formed file can say that is wrong, and
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -340,6 +341,21 @@ def test_standard_streams_that_are_closed_full_or_endless(tiny, line, arguments,
     assert result.stderr.count("\n") <= 1
     if ">&-" in line or "2>" in line:
         assert not result.stderr
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.6, 0.9, 1.2])
+def test_an_interrupt_while_starting_ends_quietly(tiny, seconds):
+    arguments = [sys.executable, "-m", "realm_jax.cli", "generate", tiny, "-p", "the", "--context-length", "4096"]
+    process = subprocess.Popen(
+        [*arguments, "--max-tokens", "4000", "--ignore-eos"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert printed == b""
+    assert process.returncode in (130, -signal.SIGINT)  # the latter before Python itself has started
 
 
 def test_a_prompt_of_megabytes_is_refused(llm):

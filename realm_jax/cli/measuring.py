@@ -8,6 +8,7 @@ from realm_jax.cli import options
 from realm_jax.cli.options import given
 from realm_jax.cli.output import read_text, size, write_json, write_table
 from realm_jax.cli.progress import progress_bars
+from realm_jax.engine.interrupt import interrupt_deferred
 
 
 def perplexity(
@@ -35,7 +36,9 @@ def perplexity(
 def bench(model: options.Model = None, json: options.Json = False) -> None:
     """Tokens per second of prefill (128 and 256 tokens) and of decoding 1, 2, 4 and 8 requests together."""
     from realm_jax import registry
-    from realm_jax.bench import bench as measure
+
+    with interrupt_deferred():  # as when LLM is imported
+        from realm_jax.bench import bench as measure
 
     with progress_bars() as progress:
         figures = measure(registry.resolve(model, progress), progress)

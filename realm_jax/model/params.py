@@ -13,6 +13,7 @@ import flax.struct
 import jax
 import numpy as np
 
+from realm_jax.engine.interrupt import interrupt_deferred
 from realm_jax.gguf import GGUFFile, open_gguf
 from realm_jax.model.capacity import check_fits
 from realm_jax.model.config import ModelConfig
@@ -131,10 +132,14 @@ class _Reader:
         if self._progress is not None:
             self._progress("loading weights", self._done, self._total)
 
+    def _pack(self, spec: TensorSpec, out: dict[str, np.ndarray]) -> None:
+        with interrupt_deferred():  # JAX's hook into garbage collection would swallow a Ctrl-C
+            pack(self._file.data(spec.name), spec.shape, self._file.tensors[spec.name].type, out=out)
+
     def matrix(self, spec: TensorSpec) -> QuantizedTensor:
         type = self._file.tensors[spec.name].type
         arrays = {key: _aligned(shape, dtype) for key, (shape, dtype) in packed_spec(spec.shape, type).items()}
-        pack(self._file.data(spec.name), spec.shape, type, out=arrays)
+        self._pack(spec, arrays)
         self._finish(spec)
         return QuantizedTensor(arrays=jax.device_put(arrays), format=format_of(type).name)
 
@@ -143,7 +148,7 @@ class _Reader:
         shape = (len(members), *members[0].shape)
         arrays = {key: _aligned(s, dtype) for key, (s, dtype) in packed_spec(shape, type).items()}
         for i, spec in enumerate(members):
-            pack(self._file.data(spec.name), spec.shape, type, out={key: a[i] for key, a in arrays.items()})
+            self._pack(spec, {key: a[i] for key, a in arrays.items()})
             self._finish(spec)
         return QuantizedTensor(arrays=jax.device_put(arrays), format=format_of(type).name)
 
