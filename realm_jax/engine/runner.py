@@ -18,7 +18,7 @@ from realm_jax.model.params import Model, Params
 
 Wanted = Literal["last", "all", "hidden"]
 BACKENDS = ("auto", "xla", "native", "pallas")
-POOL_BYTES = 256 << 20  # of cached rows, or one whole context where that is more; zeroing it delays the first token
+POOL_BYTES = 512 << 20  # of cached rows, or one whole context where that is more; zeroing more delays the first token
 
 
 class Runner:
