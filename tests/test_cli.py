@@ -340,10 +340,12 @@ def test_interrupt_keeps_what_was_said(smollm2_path: Path) -> None:
     assert said == b""
 
 
-def test_bars_on_a_terminal_are_gone_at_the_end(tiny: Path) -> None:
+def on_terminal(*arguments: str | Path, piped: bool = False) -> tuple[int, bytes, bytes]:
+    """Exit code, what a terminal received (stderr, and stdout unless `piped`), and what the pipe received."""
     main, terminal = pty.openpty()
-    command = [*REALM, "generate", str(tiny), "-p", "one", "--max-tokens", "3"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, env=environment(TERM="xterm")) as process:
+    stdout = subprocess.PIPE if piped else terminal
+    command = [*REALM, *map(str, arguments)]
+    with subprocess.Popen(command, stdout=stdout, stderr=terminal, env=environment(TERM="xterm")) as process:
         os.close(terminal)
         shown = b""
         deadline = time.monotonic() + 100
@@ -354,10 +356,31 @@ def test_bars_on_a_terminal_are_gone_at_the_end(tiny: Path) -> None:
                 break
             shown += block
         out = process.stdout.read() if process.stdout else b""
-    assert process.returncode == 0
+    os.close(main)
+    return process.returncode, shown, out
+
+
+def test_bars_on_a_terminal_are_gone_at_the_end(tiny: Path) -> None:
+    code, shown, out = on_terminal("generate", tiny, "-p", "one", "--max-tokens", "3", piped=True)
+    assert code == 0
     assert b"loading weights" in shown
     assert b"compiling" in shown
     assert b"\x1b" not in out
+
+
+def test_no_bar_wipes_the_answer_off_a_terminal(smollm2_path: Path) -> None:
+    question = ["-p", "The capital of France is", "--max-tokens", "3"]
+    code, shown, _ = on_terminal("generate", smollm2_path, *question)
+    assert code == 0
+    assert b"compiling" in shown
+    assert shown.rpartition(b"\x1b[2K")[2].startswith(b" Paris.")  # \x1b[2K: wipe this line
+
+
+def test_an_error_on_a_terminal_is_one_line() -> None:
+    code, shown, _ = on_terminal("generate", "nosuch", "-p", "x")
+    assert code == 2
+    assert shown.startswith(b"error: ")
+    assert shown.count(b"\n") == 1
 
 
 # --- the default model

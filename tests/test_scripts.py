@@ -77,10 +77,18 @@ def test_installs_once_then_starts_at_once(run: Run, clone: Path, tmp_path: Path
     assert first.stdout == 'generate\n-p\nThe "capital" of\n--max-tokens\n3\n'
     assert "making a private environment" in first.stderr
     assert pip_calls(tmp_path) == 1
-    second = run("-p")
-    assert (second.returncode, second.stdout, second.stderr) == (0, "generate\n-p\n-p\n", "")
+    second = run("-5 + 3 =")
+    assert (second.returncode, second.stdout, second.stderr) == (0, "generate\n-p\n-5 + 3 =\n", "")
     assert pip_calls(tmp_path) == 1
     assert sorted(p.name for p in clone.iterdir()) == [".venv", "pyproject.toml", "scripts"]  # the lock is gone
+
+
+def test_options_before_the_prompt(run: Run, tmp_path: Path) -> None:
+    for slip in (["--json", "x"], ["-p", "x"], ["--max-tokens", "3"]):
+        done = run(*slip)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"error: the prompt comes first, its options after it: scripts/run PROMPT {slip[0]}\n"
+    assert run("-- a dash and words").stdout == "generate\n-p\n-- a dash and words\n"
 
 
 def test_changed_requirements_are_installed(run: Run, clone: Path, tmp_path: Path) -> None:

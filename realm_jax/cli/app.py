@@ -10,7 +10,7 @@ import typer
 from typer.main import get_command
 
 from realm_jax.cli import inspecting, measuring, models, speaking
-from realm_jax.cli.output import one_line
+from realm_jax.cli.output import line_is_open, one_line
 from realm_jax.errors import RealmError
 
 app = typer.Typer(
@@ -65,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
     except typer.Exit as end:
         return end.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _finish_line()
+        _flush("\n" if sys.stdout.isatty() else "")  # after the ^C the terminal shows
         return 130
     except BrokenPipeError:
         # Python flushes stdout once more at exit; there is nobody left to read it.
@@ -75,7 +75,7 @@ def run(arguments: Sequence[str]) -> int:
         if os.environ.get("REALM_DEBUG") == "1":
             raise
         message, code = _explain(error)
-        _finish_line()
+        _flush("\n" if line_is_open() else "")
         with contextlib.suppress(OSError):  # nobody may be left to read it; the exit code stays
             print(f"error: {one_line(message)}", file=sys.stderr)
         return code
@@ -97,11 +97,10 @@ def _explain(error: Exception) -> tuple[str, int]:
     return f"internal error, please report it (REALM_DEBUG=1 shows where): {type(error).__name__}: {error}", 1
 
 
-def _finish_line() -> None:
-    """Keep what was streamed so far, and start the next line of a terminal."""
+def _flush(end: str) -> None:
+    """Keep what was streamed so far, ended with `end`."""
     try:
-        if sys.stdout.isatty():
-            print()
+        sys.stdout.write(end)
         sys.stdout.flush()
     except OSError:  # the reader is gone as well: the error that brought us here matters more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,6 +10,8 @@ from realm_jax.errors import InvalidRequestError
 
 MAX_TEXT = 1 << 26  # bytes read from a file or pipe: some never end
 
+_line_is_open = False  # is there generated text on the terminal's last line?
+
 
 def one_line(text: str) -> str:
     """`text` on one line, without control characters: file content may be quoted in it."""
@@ -26,10 +28,23 @@ def printable(text: str, keep: str = "") -> str:
 
 def write_text(text: str) -> None:
     """Write generated text at once; to a terminal without control characters other than line breaks and tabs."""
+    global _line_is_open
     if sys.stdout.isatty():
         text = "".join(c for c in text if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160))
+        _line_is_open = not text.endswith("\n") if text else _line_is_open
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def line_is_open() -> bool:
+    """Would a progress bar or a message stand on the terminal line where generated text just ended?"""
+    return _line_is_open
+
+
+def finish_line() -> None:
+    """Start a new line on the terminal where generated text left one open."""
+    if _line_is_open:
+        write_text("\n")
 
 
 def write_json(value: Any) -> None:

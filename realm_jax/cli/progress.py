@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from realm_jax.cli.output import line_is_open
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -17,7 +19,9 @@ class Bars:
         self._what = ""
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Show how far `what` is; a total of 0 is one that is not known."""
+        """Show how far `what` is; a total of 0 is one that is not known. Not on a line that holds an answer's begin."""
+        if line_is_open():
+            return  # a bar takes its whole line, and would wipe the text off it
         if self._progress is None:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn

@@ -9,7 +9,7 @@ import typer
 
 from realm_jax.cli import options
 from realm_jax.cli.options import given
-from realm_jax.cli.output import one_line, read_lines, read_text, write_json, write_text
+from realm_jax.cli.output import finish_line, one_line, read_lines, read_text, write_json, write_text
 from realm_jax.cli.progress import Bars, progress_bars
 from realm_jax.errors import InvalidRequestError, RealmError
 
@@ -145,11 +145,12 @@ def chat(
                 answer = _write_stream(llm.chat(messages, params, stream=True, template=source), bars)
             except KeyboardInterrupt:  # ends this answer, not the conversation; the unfinished turn is forgotten
                 messages.pop()
-                print()
+                write_text("\n")
             except RealmError as error:
                 if not sys.stdin.isatty():
                     raise
                 messages.pop()
+                finish_line()
                 print(f"error: {one_line(str(error))}", file=sys.stderr)
             else:
                 messages.append({"role": "assistant", "content": answer})
