@@ -21,6 +21,7 @@ from tiny_models import TensorSpec, tiny_spec, write_spec
 from realm_jax import LLM, SamplingParams
 from realm_jax.cli.app import run
 from realm_jax.engine import runner as runner_module
+from realm_jax.engine.compile_cache import enable_compile_cache
 from realm_jax.errors import CapacityError, GGUFError, InvalidRequestError, RealmError, UnsupportedModelError
 from realm_jax.gguf import GGMLType, open_gguf
 from realm_jax.model import capacity, check_model
@@ -201,6 +202,19 @@ def test_a_small_file_cannot_ask_for_a_huge_cache(tmp_path, monkeypatch):
         CapacityError, match=r"the cache 536,870,912 for a context of 4096 .* 536,870,912 bytes of memory"
     ):
         LLM(tmp_path / "wide.gguf")
+
+
+def test_compiled_programs_are_not_cached_on_a_full_disk(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("REALM_CACHE", str(tmp_path))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        enable_compile_cache()
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert "is almost full" in caplog.text
 
 
 def test_the_memory_of_this_machine_is_known():

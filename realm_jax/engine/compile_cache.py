@@ -5,6 +5,7 @@ A compiled program is code: whoever may write to this directory may run code as 
 
 import logging
 import os
+import shutil
 import stat
 
 import jax
@@ -13,6 +14,9 @@ from realm_jax.errors import DownloadError
 from realm_jax.registry.store import cache_root
 
 _log = logging.getLogger(__name__)
+
+# Bytes: JAX writes in place, and what a full disk cuts short it would try to read, and complain about, ever after.
+_SLACK = 64 << 20
 
 
 def enable_compile_cache() -> None:
@@ -32,6 +36,9 @@ def enable_compile_cache() -> None:
             return
         if stat.S_IMODE(status.st_mode) & 0o077:
             path.chmod(0o700)
+        if shutil.disk_usage(path).free < _SLACK:
+            _log.warning("compiled programs are not cached: the disk of %s is almost full", path)
+            return
     except OSError as error:
         _log.warning("compiled programs are not cached: %s: %s", path, error.strerror)
         return
