@@ -1,10 +1,6 @@
 """Seeds on the small real model, whose packed weights and long vocabulary the tiny ones do not have."""
 
-import pytest
-
 from realm_jax import LLM, SamplingParams
-
-pytestmark = pytest.mark.slow  # downloads a model of 98 MB once
 
 PROMPTS = [
     "The capital of France is",

@@ -9,8 +9,6 @@ from reference_model import ReferenceModel
 
 from realm_jax import LLM, SamplingParams
 
-pytestmark = pytest.mark.slow  # downloads a model of 98 MB once, and dequantizes all of it
-
 PROMPTS = [
     "The capital of France is",
     "Once upon a time, in a small village by the sea,",
