@@ -340,12 +340,15 @@ def test_interrupt_keeps_what_was_said(smollm2_path: Path) -> None:
     assert said == b""
 
 
-def on_terminal(*arguments: str | Path, piped: bool = False) -> tuple[int, bytes, bytes]:
+def on_terminal(*arguments: str | Path, piped: bool = False, typed: bytes = b"") -> tuple[int, bytes, bytes]:
     """Exit code, what a terminal received (stderr, and stdout unless `piped`), and what the pipe received."""
     main, terminal = pty.openpty()
+    os.write(main, typed)
     stdout = subprocess.PIPE if piped else terminal
     command = [*REALM, *map(str, arguments)]
-    with subprocess.Popen(command, stdout=stdout, stderr=terminal, env=environment(TERM="xterm")) as process:
+    with subprocess.Popen(
+        command, stdin=terminal, stdout=stdout, stderr=terminal, env=environment(TERM="xterm")
+    ) as process:
         os.close(terminal)
         shown = b""
         deadline = time.monotonic() + 100
@@ -374,6 +377,21 @@ def test_no_bar_wipes_the_answer_off_a_terminal(smollm2_path: Path) -> None:
     assert code == 0
     assert b"compiling" in shown
     assert shown.rpartition(b"\x1b[2K")[2].startswith(b" Paris.")  # \x1b[2K: wipe this line
+
+
+def test_perplexity_on_a_terminal_ends_its_bars(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("one two three " * 50)
+    code, shown, _ = on_terminal("perplexity", tiny, tmp_path / "text", "--context-length", "32")
+    assert code == 0
+    assert b"compiling" in shown
+    last = shown.rpartition(b"\x1b")[2].removeprefix(b"[2K").decode()
+    assert float(last) > 1
+
+
+def test_chat_on_a_terminal_says_how_to_leave(tiny: Path) -> None:
+    code, shown, _ = on_terminal("chat", tiny, typed=b"/help\n/exit\n")
+    assert code == 0
+    assert shown.count(b"/exit or Ctrl-D ends it") == 2  # at the start, and for a command it does not have
 
 
 def test_an_error_on_a_terminal_is_one_line() -> None:

@@ -44,7 +44,8 @@ def _write_summary(summary: dict[str, Any], with_tensors: bool) -> None:
         ["format", f"GGUF version {summary['version']}, {summary['tensor_count']} tensors"],
     ]
     rows += [
-        [f"  {name}", f"{held['tensors']} tensors, {size(held['bytes'])}"] for name, held in summary["types"].items()
+        [f"  {name}", f"{held['tensors']} tensor{'s' * (held['tensors'] != 1)}, {size(held['bytes'])}"]
+        for name, held in summary["types"].items()
     ]
     write_table(rows)
     print()

@@ -24,9 +24,8 @@ def perplexity(
 
     with progress_bars() as progress:
         path = registry.resolve(model, progress)
-        llm = LLM(path, progress=progress, **given(backend=backend))
-    with llm:
-        value = llm.perplexity(text, **given(context_length=context_length))
+        with LLM(path, progress=progress, **given(backend=backend)) as llm:  # compiles, with a bar, until the end
+            value = llm.perplexity(text, **given(context_length=context_length))
     if json:
         write_json({"perplexity": value})
     else:

@@ -1,5 +1,6 @@
 """realm generate and realm chat: text from a model."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -16,6 +17,8 @@ from realm_jax.errors import InvalidRequestError, RealmError
 if TYPE_CHECKING:
     from realm_jax import LLM
     from realm_jax.results import Piece
+
+_COMMANDS = "/clear forgets the conversation, /exit or Ctrl-D ends it; Ctrl-C stops an answer"
 
 
 def generate(
@@ -134,11 +137,16 @@ def chat(
     source = _template(template)
     with progress_bars() as bars, _loaded(model, bars, context_length=context_length, backend=backend) as llm:
         messages = list(opening)
+        if sys.stdin.isatty():
+            print(_COMMANDS, file=sys.stderr)
         for line in _lines():
             if line == "/exit":
                 break
             if line == "/clear":
                 messages = list(opening)
+                continue
+            if sys.stdin.isatty() and re.fullmatch("/[a-z]*", line):
+                print(_COMMANDS, file=sys.stderr)
                 continue
             messages.append({"role": "user", "content": line})
             try:
