@@ -11,7 +11,6 @@ Names are loaded when first used, so that reading a file's header or tokenizing 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from realm_jax.engine.interrupt import interrupt_deferred
 from realm_jax.errors import (
     AdapterError,
     BackendError,
@@ -25,6 +24,7 @@ from realm_jax.errors import (
     TokenizerError,
     UnsupportedModelError,
 )
+from realm_jax.interrupt import interrupt_deferred
 
 if TYPE_CHECKING:
     from realm_jax.llm import LLM

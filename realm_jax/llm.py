@@ -21,12 +21,12 @@ from realm_jax.arguments import (
     refuse_options,
     refuse_request_options,
 )
-from realm_jax.engine.interrupt import interrupt_deferred
 from realm_jax.engine.loop import HostLoop
 from realm_jax.engine.request import Request, choice_seed, collect
 from realm_jax.engine.runner import Runner, resolve_backend
 from realm_jax.errors import ChatTemplateError, InvalidRequestError, RealmError
 from realm_jax.gguf import open_gguf
+from realm_jax.interrupt import interrupt_deferred
 from realm_jax.model import check_model, load_model
 from realm_jax.registry import resolve
 from realm_jax.results import Piece, Result

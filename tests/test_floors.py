@@ -15,9 +15,9 @@ FLOORS = [
     {"sampling", "model"},
     {"cache", "quant", "text", "registry"},
     {"gguf", "numerics", "results", "sampling_params"},
-    {"errors", "pallas_kernels"},
+    {"errors", "interrupt", "pallas_kernels"},
 ]
-WITHOUT_JAX = {"cli", "text", "registry", "gguf", "results", "sampling_params", "errors", "arguments"}
+WITHOUT_JAX = {"cli", "text", "registry", "gguf", "results", "sampling_params", "errors", "interrupt", "arguments"}
 FILES = sorted(
     path.relative_to(ROOT) for name in ("realm_jax", "pallas_kernels") for path in (ROOT / name).rglob("*.py")
 )

@@ -8,7 +8,7 @@ from realm_jax.cli import options
 from realm_jax.cli.options import given
 from realm_jax.cli.output import read_text, size, write_json, write_table
 from realm_jax.cli.progress import progress_bars
-from realm_jax.engine.interrupt import interrupt_deferred
+from realm_jax.interrupt import interrupt_deferred
 
 
 def perplexity(

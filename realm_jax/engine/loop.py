@@ -13,11 +13,11 @@ import numpy as np
 
 from realm_jax.engine.allocator import PageAllocator
 from realm_jax.engine.buckets import Buckets
-from realm_jax.engine.interrupt import interrupt_deferred
 from realm_jax.engine.request import Request
 from realm_jax.engine.sampler import Sampler
 from realm_jax.engine.scheduler import Row, Scheduler
 from realm_jax.errors import InvalidRequestError, RealmError
+from realm_jax.interrupt import interrupt_deferred
 from realm_jax.results import Piece
 from realm_jax.sampling import BAD_LOGITS
 

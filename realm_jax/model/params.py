@@ -13,8 +13,8 @@ import flax.struct
 import jax
 import numpy as np
 
-from realm_jax.engine.interrupt import interrupt_deferred
 from realm_jax.gguf import GGUFFile, open_gguf
+from realm_jax.interrupt import interrupt_deferred
 from realm_jax.model.capacity import check_fits
 from realm_jax.model.config import ModelConfig
 from realm_jax.model.plan import LayerPlan, plan_layers
