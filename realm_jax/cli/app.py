@@ -1,10 +1,9 @@
 """The command table, and what every command shares: exit codes and one-line errors."""
 
-import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.main import get_command
@@ -65,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
     except typer.Exit as end:
         return end.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _flush("\n" if sys.stdout.isatty() else "")  # after the ^C the terminal shows
+        _write(sys.stdout, "\n" if sys.stdout.isatty() else "")  # after the ^C the terminal shows
         return 130
     except BrokenPipeError:
         # Python flushes stdout once more at exit; there is nobody left to read it.
@@ -75,9 +74,8 @@ def run(arguments: Sequence[str]) -> int:
         if os.environ.get("REALM_DEBUG") == "1":
             raise
         message, code = _explain(error)
-        _flush("\n" if line_is_open() else "")
-        with contextlib.suppress(OSError):  # nobody may be left to read it; the exit code stays
-            print(f"error: {one_line(message)}", file=sys.stderr)
+        _write(sys.stdout, "\n" if line_is_open() else "")
+        _write(sys.stderr, f"error: {one_line(message)}\n")
         return code
 
 
@@ -97,10 +95,10 @@ def _explain(error: Exception) -> tuple[str, int]:
     return f"internal error, please report it (REALM_DEBUG=1 shows where): {type(error).__name__}: {error}", 1
 
 
-def _flush(end: str) -> None:
-    """Keep what was streamed so far, ended with `end`."""
+def _write(stream: TextIO, end: str) -> None:
+    """Keep what was written so far, ended with `end`."""
     try:
-        sys.stdout.write(end)
-        sys.stdout.flush()
-    except OSError:  # the reader is gone as well: the error that brought us here matters more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stream.write(end)
+        stream.flush()
+    except OSError:  # nobody is left to read it: the error that brought us here matters more, and so does its exit code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python flushes once more at exit
