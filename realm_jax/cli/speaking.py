@@ -1,5 +1,6 @@
 """realm generate and realm chat: text from a model."""
 
+import dataclasses
 import re
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from realm_jax.errors import InvalidRequestError, RealmError
 if TYPE_CHECKING:
     from realm_jax import LLM
     from realm_jax.results import Piece
+    from realm_jax.sampling_params import SamplingParams
 
 _COMMANDS = "/clear forgets the conversation, /exit or Ctrl-D ends it; Ctrl-C stops an answer"
 
@@ -56,27 +58,7 @@ def generate(
     json: options.Json = False,
 ) -> None:
     """Continue a prompt, printing the text as it comes."""
-    from realm_jax.sampling_params import SamplingParams
-
-    params = SamplingParams(
-        **given(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            typical_p=typical_p,
-            repetition_penalty=repetition_penalty,
-            frequency_penalty=frequency_penalty,
-            presence_penalty=presence_penalty,
-            stop=stop,
-            stop_token_ids=stop_token_id,
-            ignore_eos=ignore_eos,
-            n=n,
-            logprobs=logprobs,
-        )
-    )
+    params = _sampling_params(locals())
     if not json and (params.n > 1 or params.logprobs is not None):
         raise InvalidRequestError("--n above 1 and --logprobs are reported with --json only")
     if not chat and (system is not None or template is not None):
@@ -116,23 +98,7 @@ def chat(
     backend: options.Backend = None,
 ) -> None:
     """Talk with a model: a line is a turn; /clear forgets the conversation, /exit or Ctrl-D ends it."""
-    from realm_jax.sampling_params import SamplingParams
-
-    params = SamplingParams(
-        **given(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            typical_p=typical_p,
-            repetition_penalty=repetition_penalty,
-            frequency_penalty=frequency_penalty,
-            presence_penalty=presence_penalty,
-            stop=stop,
-        )
-    )
+    params = _sampling_params(locals())
     opening = [{"role": "system", "content": system}] if system is not None else []
     source = _template(template)
     with progress_bars() as bars, _loaded(model, bars, context_length=context_length, backend=backend) as llm:
@@ -162,6 +128,15 @@ def chat(
                 print(f"error: {one_line(str(error))}", file=sys.stderr)
             else:
                 messages.append({"role": "assistant", "content": answer})
+
+
+def _sampling_params(arguments: dict[str, Any]) -> "SamplingParams":
+    """The sampling options among a command's arguments; those left out keep SamplingParams' defaults."""
+    from realm_jax.sampling_params import SamplingParams
+
+    renamed = {"stop_token_ids": "stop_token_id"}  # given one at a time on the command line
+    names = (field.name for field in dataclasses.fields(SamplingParams))
+    return SamplingParams(**given(**{name: arguments.get(renamed.get(name, name)) for name in names}))
 
 
 @contextmanager
