@@ -13,8 +13,8 @@ themselves is llama.cpp's. Among tokens of equal logit the lowest id counts as t
 
 The noise of a request is a counter-based function of (seed, position, token id) and nothing else (Salmon et al., 2011,
 "Parallel random numbers: as easy as 1, 2, 3"), so that a seed gives the same tokens alone, in any batch, in any slot,
-and when a position is computed again. Nothing here mixes rows, and realm_jax.numerics keeps XLA from computing a row
-differently beside others: each row's result depends on that row alone.
+and when a position is computed again. Nothing here mixes rows, and pallas_kernels.numerics keeps XLA from computing a
+row differently beside others: each row's result depends on that row alone.
 
 Truncation needs no sort: the smallest best-scored set that reaches a given mass is found by bisecting the bits of the
 scores, which costs a fixed number of passes over the vocabulary.
@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from realm_jax.numerics import exp, log, row_sum
+from pallas_kernels.numerics import exp, log, row_sum
 from realm_jax.sampling_params import MAX_LOGPROBS
 
 # A temperature below this divides logits out of float32's useful range; the draw is the argmax then anyway.

@@ -14,7 +14,7 @@ FLOORS = [
     {"arguments", "engine"},
     {"sampling", "model"},
     {"cache", "quant", "text", "registry"},
-    {"gguf", "numerics", "results", "sampling_params"},
+    {"gguf", "results", "sampling_params"},
     {"errors", "interrupt", "pallas_kernels"},
 ]
 WITHOUT_JAX = {"cli", "text", "registry", "gguf", "results", "sampling_params", "errors", "interrupt", "arguments"}

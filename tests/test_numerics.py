@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from realm_jax import numerics
+from pallas_kernels import numerics
 
 GRID = np.concatenate([np.linspace(-86, 87, 200_001), [0.0, -0.0, 1e-30, -1e-30, 1.0, -1.0]]).astype(np.float32)
 

@@ -1,6 +1,7 @@
 """Matmul with packed quantized weights."""
 
-from .api import BACKENDS, UnsupportedError, expert_matmul, quant_matmul, resolve, take_rows
+from ..errors import UnsupportedError
+from .api import BACKENDS, expert_matmul, quant_matmul, resolve, take_rows
 from .formats import FORMATS, Format
 from .reference import dequantize
 

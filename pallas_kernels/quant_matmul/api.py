@@ -11,16 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..errors import UnsupportedError
 from . import xla
 from .experts import for_each_expert
 from .formats import Format
 from .reference import dequantize
 
 Arrays = dict[str, Any]
-
-
-class UnsupportedError(ValueError):
-    """The backend asked for by name does not exist or does not support the case."""
 
 
 BACKENDS = ("auto", "xla")

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.numerics import exp
 from realm_jax.cache import BLOCK_PAGES, BLOCK_SIZE, CacheView
 from realm_jax.model.ops import softcap as apply_softcap
-from realm_jax.numerics import exp
 
 _MASKED = -1e30  # finite, so that a block with nothing to see adds exact zeros rather than NaN
 

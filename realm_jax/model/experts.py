@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.numerics import row_sum, sigmoid, softmax
 from realm_jax.model.config import ExpertConfig, ModelConfig
 from realm_jax.model.ops import gated
 from realm_jax.model.weights import LayerWeights
-from realm_jax.numerics import row_sum, sigmoid, softmax
 
 
 def mixture(h: jax.Array, w: LayerWeights, c: ModelConfig) -> jax.Array:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from realm_jax.numerics import row_sum, sigmoid, tanh
+from pallas_kernels.numerics import row_sum, sigmoid, tanh
 
 
 def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
