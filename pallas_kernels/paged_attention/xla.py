@@ -1,7 +1,5 @@
 """The XLA backend: an online softmax over blocks of positions gathered from the pool."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -29,7 +27,7 @@ def append_rows(
     at = jnp.where(valid, layer * pool.num_pages + page, layers * pool.num_pages).reshape(-1)  # out of range: dropped
     offset = (slot % PAGE_SIZE).reshape(-1)
 
-    def scatter(pages: jax.Array, rows: jax.Array) -> jax.Array:
+    def scatter(pages: jax.Array, rows: jax.Array | None) -> jax.Array:
         return _flat(pages).at[at, :, offset].set(rows, mode="drop").reshape(pages.shape)
 
     def write(pages: jax.Array, scales: jax.Array | None, new: jax.Array) -> tuple[jax.Array, jax.Array | None]:

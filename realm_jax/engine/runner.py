@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from realm_jax.cache import BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, CacheView, KVPool, allocate_pool, append
+from realm_jax.cache import BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, KVPages, allocate_pages, row_dtype
 from realm_jax.engine.buckets import Buckets
 from realm_jax.engine.compile_cache import enable_compile_cache
 from realm_jax.errors import BackendError, CapacityError
+from realm_jax.model.attention import CacheView
 from realm_jax.model.decoder import forward, logits
 from realm_jax.model.params import Model, Params
 
@@ -47,11 +48,12 @@ class Runner:
         self.page_size = PAGE_SIZE
         blocks = -(-model.config.context_length // BLOCK_SIZE)
         self.max_pages_per_slot = blocks * BLOCK_PAGES
-        page_bytes = model.config.cache_bytes_per_token * PAGE_SIZE
+        self.row_dtype = row_dtype(self.backend)
+        page_bytes = model.config.cache_values_per_token * self.row_dtype.itemsize * PAGE_SIZE
         affordable = max(self.max_pages_per_slot, POOL_BYTES // page_bytes)
         self.num_pages = min(self.max_pages_per_slot * max_batch, affordable)
         self.vocab_size = model.config.vocab_size
-        self._pool: KVPool | None = None
+        self._pool: KVPages | None = None
         self._programs: dict[tuple[Wanted, int, int], Callable[..., Any]] = {}
         self.on_compile: Callable[[str], None] | None = None
         enable_compile_cache()
@@ -112,22 +114,21 @@ class Runner:
         rows = self.buckets.row_bucket(len(tokens))
         ids = np.zeros((rows, size), np.int32)
         positions = np.full((rows, size), -1, np.int32)
-        lengths = np.zeros(rows, np.int32)
         last = np.zeros(rows, np.int32)
         table = np.zeros((rows, self.max_pages_per_slot), np.int32)
         for i, (row, start) in enumerate(zip(tokens, starts, strict=True)):
             n = len(row)
             ids[i, :n] = row
             positions[i, :n] = start + np.arange(n)
-            lengths[i] = start
             last[i] = n - 1
         table[: len(tokens)] = tables
         blocks = np.int32(-(-(int(positions.max()) + 1) // BLOCK_SIZE))
         with _naming_lack_of_memory():
             if self._pool is None:
                 c = self.model.config
-                self._pool = allocate_pool(c.num_layers, self.num_pages, c.num_kv_heads, c.head_dim, c.value_dim)
-            args = (self.model.params, self._pool, ids, positions, table, lengths, last, blocks)
+                shape = (c.num_layers, self.num_pages, c.num_kv_heads, c.head_dim, c.value_dim)
+                self._pool = allocate_pages(*shape, self.row_dtype)
+            args = (self.model.params, self._pool, ids, positions, table, last, blocks)
             program = self._program(wanted, rows, size, args)
             self._pool = None  # donated: if the call fails, what was cached is lost; the next call makes a fresh pool
             out, self._pool = program(*args)
@@ -159,11 +160,10 @@ def _naming_lack_of_memory() -> Iterator[None]:
 
 def _run_batch(
     params: Params,
-    pool: KVPool,
+    pool: KVPages,
     tokens: jax.Array,
     positions: jax.Array,
     tables: jax.Array,
-    lengths: jax.Array,
     last: jax.Array,
     blocks: jax.Array,
     *,
@@ -171,18 +171,16 @@ def _run_batch(
     plan: Any,
     backend: str,
     wanted: Wanted,
-) -> tuple[jax.Array, KVPool]:
-    """One batch: tokens and positions int32 [B, T], tables [B, pages], lengths and last [B] -> (result, pool).
+) -> tuple[jax.Array, KVPages]:
+    """One batch: tokens and positions int32 [B, T], tables [B, pages], last [B] -> (result, pool).
 
     The result is float32 [B, vocab] at index `last` of each row, or [B, T, vocab], or hidden states [B, T, hidden].
     """
 
-    def one(tokens: jax.Array, positions: jax.Array, table: jax.Array, length: jax.Array):
-        view = CacheView(pool=pool, table=table, length=length, blocks=blocks)
-        return forward(params, config, plan, tokens, positions, view, backend=backend)
+    def one(tokens: jax.Array, positions: jax.Array, table: jax.Array):
+        return forward(params, config, plan, tokens, positions, pool, CacheView(table, blocks), backend=backend)
 
-    hidden, rows = jax.vmap(one, out_axes=(0, 1))(tokens, positions, tables, lengths)
-    pool = append(pool, rows, tables, positions)
+    hidden, pool = jax.vmap(one, out_axes=(0, None))(tokens, positions, tables)
     if wanted == "hidden":
         return hidden, pool
     if wanted == "last":

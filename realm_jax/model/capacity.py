@@ -30,7 +30,7 @@ def check_fits(config: ModelConfig, weights: int) -> None:
     """CapacityError when `weights` bytes and the cache of one sequence of the full context are more than there is."""
     limit = memory_limit()
     tokens = -(-config.context_length // BLOCK_SIZE) * BLOCK_SIZE
-    cache = tokens * config.cache_bytes_per_token
+    cache = tokens * config.cache_values_per_token * 4  # float32 rows, the largest that a backend wants
     if limit is not None and weights + cache > limit:
         raise CapacityError(
             f"the weights need {weights:,} bytes and the cache {cache:,} for a context of {config.context_length} "

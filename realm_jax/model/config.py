@@ -85,9 +85,9 @@ class ModelConfig:
         return ARCHITECTURES[self.architecture]
 
     @property
-    def cache_bytes_per_token(self) -> int:
-        """Of one sequence, in float32 (see cache.KVPool)."""
-        return self.num_layers * self.num_kv_heads * (self.head_dim + self.value_dim) * 4
+    def cache_values_per_token(self) -> int:
+        """Numbers that a token adds to the key/value cache."""
+        return self.num_layers * self.num_kv_heads * (self.head_dim + self.value_dim)
 
 
 def read_config(metadata: Mapping[str, Any], vocab_size: int, context_length: int | None = None) -> ModelConfig:

@@ -4,14 +4,15 @@ What differs between architectures is data: ModelConfig, and which tensors a lay
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from realm_jax.cache import CacheView, KVRows
-from realm_jax.model.attention import attend
+from pallas_kernels.paged_attention import KVPages
+from realm_jax.model.attention import CacheView, attend
 from realm_jax.model.config import ModelConfig
 from realm_jax.model.experts import mixture
 from realm_jax.model.ops import gated, rms_norm, rotate, softcap
@@ -27,38 +28,39 @@ def forward(
     plan: LayerPlan,
     tokens: jax.Array,
     positions: jax.Array,
-    cache: CacheView,
+    pool: KVPages,
+    view: CacheView,
     *,
     backend: str = "auto",
-) -> tuple[jax.Array, KVRows]:
+) -> tuple[jax.Array, KVPages]:
     """One sequence through all layers.
 
     Args:
         params, config, plan: of the model; config and plan are static.
         tokens: int32 [T].
-        positions: int32 [T]: cache.length, cache.length + 1, ...; negative marks padding at the end.
-        cache: the sequence's view of the cache.
+        positions: int32 [T], consecutive from the sequence's cached tokens on; -1 marks padding at the end.
+        pool: the cache of all sequences, not batched under vmap; donate it, and its rows are written in place.
+        view: which of its pages are the sequence's.
         backend: of the kernels, static.
 
     Returns:
-        Hidden states float32 [T, hidden], normalised, ready for `logits`; and the rows to append to the cache.
+        Hidden states float32 [T, hidden], normalised, ready for `logits`; and the pool with the new rows in it, for all
+        sequences of a vmap together (out_axes None).
     """
     with jax.named_scope("embedding"):
         x = params.tables["token_embd.weight"].take_rows(tokens) * config.embedding_scale
     with jax.named_scope("rope"):
         turns = _rotations(params.rope, positions)
 
-    def layer(x: jax.Array, weights: LayerWeights, number: jax.Array, rope: jax.Array, window: jax.Array):
+    def layer(x, pool, weights: LayerWeights, number: jax.Array, rope: jax.Array, window: jax.Array):
         cos_sin = (turns[0][rope], turns[1][rope])
-        return _layer(x, weights, config, number, cos_sin, window, positions, cache)
+        mix = partial(attend, view=view, positions=positions, layer=number, window=window, backend=backend)
+        return _layer(x, pool, weights, config, cos_sin, mix)
 
-    parts = []
     for segment in plan.segments:
-        x, rows = _run_segment(x, params, config, plan, segment, layer, backend)
-        parts.append(rows)
-    rows = jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts)
+        x, pool = _run_segment(x, pool, params, config, plan, segment, layer, backend)
     with jax.named_scope("output_norm"):
-        return rms_norm(x, params.tables["output_norm.weight"], config.norm_eps), rows
+        return rms_norm(x, params.tables["output_norm.weight"], config.norm_eps), pool
 
 
 def logits(params: Params, config: ModelConfig, hidden: jax.Array, *, backend: str = "auto") -> jax.Array:
@@ -75,13 +77,14 @@ def logits(params: Params, config: ModelConfig, hidden: jax.Array, *, backend: s
 
 def _run_segment(
     x: jax.Array,
+    pool: KVPages,
     params: Params,
     config: ModelConfig,
     plan: LayerPlan,
     segment: Segment,
-    layer: Callable[..., tuple[jax.Array, KVRows]],
+    layer: Callable[..., tuple[jax.Array, KVPages]],
     backend: str,
-) -> tuple[jax.Array, KVRows]:
+) -> tuple[jax.Array, KVPages]:
     """Scans over the repeats of a segment, the layers of its period unrolled in the body."""
 
     def table(values: Callable[[int], int]) -> np.ndarray:
@@ -105,34 +108,31 @@ def _run_segment(
         for j, row in enumerate(signature)
     ]
 
-    def body(x: jax.Array, scanned: tuple) -> tuple[jax.Array, KVRows]:
+    def body(carry: tuple[jax.Array, KVPages], scanned: tuple) -> tuple[tuple[jax.Array, KVPages], None]:
+        x, pool = carry
         data, places = scanned
-        period = []
         for j, row in enumerate(signature):
             weights = LayerWeights(params, {role: (stack, places[j][role]) for role, stack, _ in row}, backend)
-            x, rows = layer(x, weights, data["number"][j], data["rope"][j], data["window"][j])
-            period.append(rows)
-        return x, jax.tree.map(lambda *parts: jnp.stack(parts), *period)
+            x, pool = layer(x, pool, weights, data["number"][j], data["rope"][j], data["window"][j])
+        return (x, pool), None
 
-    x, rows = lax.scan(body, x, (data, places))  # rows: [repeats, period, T, kv_heads, dim]
-    return x, jax.tree.map(lambda a: a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]), rows)
+    carry, _ = lax.scan(body, (x, pool), (data, places))
+    return carry
 
 
 def _layer(
     x: jax.Array,
+    pool: KVPages,
     w: LayerWeights,
     c: ModelConfig,
-    number: jax.Array,
     cos_sin: tuple[jax.Array, jax.Array],
-    window: jax.Array,
-    positions: jax.Array,
-    cache: CacheView,
-) -> tuple[jax.Array, KVRows]:
-    """One decoder layer: float32 [T, hidden] -> the same, and its cache rows."""
+    mix: Callable[..., tuple[jax.Array, KVPages]],
+) -> tuple[jax.Array, KVPages]:
+    """One decoder layer: float32 [T, hidden] -> the same, and the pool. `mix` is `attend` at this place of it."""
     with jax.named_scope("attention"):
         h = rms_norm(x, w.vector("attn_norm.weight"), c.norm_eps) if "attn_norm.weight" in w else x
         attention = _latent_attention if c.latent is not None else _attention
-        h, rows = attention(h, w, c, number, cos_sin, window, positions, cache)
+        h, pool = attention(h, pool, w, c, cos_sin, mix)
         if c.spec.post_norm:
             h = rms_norm(h, w.vector("post_attention_norm.weight"), c.norm_eps)
         x = x + (h * c.residual_scale if c.residual_scale != 1.0 else h)
@@ -143,11 +143,11 @@ def _layer(
         if c.spec.post_norm:
             h = rms_norm(h, w.vector("post_ffw_norm.weight"), c.norm_eps)
         x = x + (h * c.residual_scale if c.residual_scale != 1.0 else h)
-    return x, rows
+    return x, pool
 
 
-def _attention(h, w, c, number, cos_sin, window, positions, cache) -> tuple[jax.Array, KVRows]:
-    """Grouped-query attention: float32 [T, hidden] -> the same, and rows [T, kv_heads, dim]."""
+def _attention(h, pool, w, c, cos_sin, mix) -> tuple[jax.Array, KVPages]:
+    """Grouped-query attention: float32 [T, hidden] -> the same, and the pool."""
     tokens = h.shape[0]
     sizes = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.value_dim)
     if "attn_qkv.weight" in w:
@@ -172,23 +172,20 @@ def _attention(h, w, c, number, cos_sin, window, positions, cache) -> tuple[jax.
             rms_norm(k, w.vector("attn_k_norm.weight"), c.norm_eps),
         )
     q, k = rotate(q, cos_sin, c.spec.rope), rotate(k, cos_sin, c.spec.rope)
-    mixed = attend(
+    mixed, pool = mix(
         q,
         k,
         v,
-        positions,
-        cache,
-        number,
+        pool,
         scale=c.attention_scale,
-        window=window,
         softcap=c.attention_softcap,
         sinks=w.vector("attn_sinks.weight") if c.spec.sinks else None,
         value_dim=c.value_dim,
     )
-    return w.linear(mixed.reshape(tokens, -1), "attn_output"), KVRows(keys=k, values=v)
+    return w.linear(mixed.reshape(tokens, -1), "attn_output"), pool
 
 
-def _latent_attention(h, w, c, number, cos_sin, window, positions, cache) -> tuple[jax.Array, KVRows]:
+def _latent_attention(h, pool, w, c, cos_sin, mix) -> tuple[jax.Array, KVPages]:
     """Multi-head latent attention, decompression absorbed into queries and output: one cached row serves all heads."""
     tokens, m = h.shape[0], c.latent
     rotated = c.ropes[0].dim
@@ -205,19 +202,10 @@ def _latent_attention(h, w, c, number, cos_sin, window, positions, cache) -> tup
     k_rotated = rotate(compressed[:, None, m.rank :], cos_sin, c.spec.rope)
     keys = jnp.concatenate([latent[:, None, :], k_rotated], axis=-1)  # [T, 1, rank + rotated]
     values = jnp.zeros((tokens, 1, 0), jnp.float32)
-    mixed = attend(
-        jnp.concatenate([q_latent, q_rotated], axis=-1),
-        keys,
-        values,
-        positions,
-        cache,
-        number,
-        scale=c.attention_scale,
-        window=window,
-        value_dim=m.rank,
-    )
+    q = jnp.concatenate([q_latent, q_rotated], axis=-1)
+    mixed, pool = mix(q, keys, values, pool, scale=c.attention_scale, value_dim=m.rank)
     v = w.expert_linear(mixed.reshape(head.size, -1), head, "attn_v_b")
-    return w.linear(v.reshape(tokens, -1), "attn_output"), KVRows(keys=keys, values=values)
+    return w.linear(v.reshape(tokens, -1), "attn_output"), pool
 
 
 def _feed_forward(h: jax.Array, w: LayerWeights, c: ModelConfig) -> jax.Array:

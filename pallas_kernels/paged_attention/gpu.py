@@ -1,0 +1,542 @@
+"""The Pallas kernels for NVIDIA cards of compute capability 8.0 and above, through Triton.
+
+A program takes a tile of rows, the queries of some tokens for all heads that share a key/value head, and visits the
+pages of their sequence one by one. The positions are cut into parts of PART_PAGES pages from position 0 on; the partial
+results of the parts are merged in order. Two forms give the same bits:
+
+* split, for few rows: a program per part and tile, so that a short query over a long context fills the card; a second
+  kernel merges.
+* whole, for many rows: a program per tile goes through all parts and merges as it goes.
+
+That bits do not depend on the form, on the tile or on the company is arranged so: maxima are rounded up to integers in
+the exponent of two, hence every factor that scales a sum is a power of two and exact, however a compiler contracts
+multiplications and additions; weights are summed by a product with ones, in the order of the tensor cores' products,
+not in one that depends on how a tile lies in registers; and a page that a row does not see adds exact zeros.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ..devices import cuda_capability
+from ..errors import UnsupportedError
+from .pages import BLOCK_PAGES, FLOAT16_MAX, PAGE_SIZE, Case, KVPages
+from .tiles import MAX_HEAD, MIN_CAPABILITY, PART_PAGES, Tile, card, tile
+from .xla import append_rows
+
+__all__ = ["append_rows", "paged_attention", "unsupported"]
+
+_LOG2_E = 1.4426950408889634
+_MASKED = -1e30  # a score that is not seen
+_START = -1e20  # the maximum of nothing: above _MASKED, so that 2^(_MASKED - _START) is 0, and below every score
+_EVERY = 1 << 30  # a window that hides nothing
+_ONES = 16  # columns of the product that sums weights, the fewest there can be
+_MERGE_ROWS, _MERGE_UNROLL = 4, 8
+
+
+def unsupported(case: Case) -> str | None:
+    """Why the kernels do not take this case, or None."""
+    capability = cuda_capability()
+    if capability is not None and capability < MIN_CAPABILITY:
+        return f"the card has compute capability {capability / 10}, and Triton's kernels need 8.0"
+    for name, dim in (("head_dim", case.head_dim), ("value_dim", case.value_dim)):
+        if dim > MAX_HEAD:
+            return f"{name} is {dim}: registers and shared memory hold tiles of heads up to {MAX_HEAD}"
+        if dim % 8:
+            return f"{name} is {dim}, which is no multiple of 8"
+    if case.latent and case.value_dim % 16:
+        return f"value_dim is {case.value_dim}, which is no multiple of 16, and values are a part of the keys"
+    return None
+
+
+@dataclass(frozen=True)
+class _Static:
+    """What the kernels are specialised by. key_parts, value_parts: of a head, as (first, size) with powers of two."""
+
+    tile: Tile
+    tokens: int
+    group: int  # heads that share a key/value head
+    key_dim: int
+    value_dim: int
+    key_parts: tuple[tuple[int, int], ...]
+    value_parts: tuple[tuple[int, int], ...]
+    latent: bool
+    quantized: bool
+    sinks: bool
+    query_factor: float
+    softcap: float
+    precision: Any
+
+    @property
+    def rows(self) -> int:
+        return self.tokens * self.group
+
+
+class _Part(NamedTuple):
+    """Sums over some positions: the integer maximum of the exponents of two [rows], the sum of weights [rows, _ONES]
+    (all columns alike), the weighted values [rows, size] by parts of a head."""
+
+    top: Any
+    total: Any
+    mixed: tuple[Any, ...]
+
+
+class _Span(NamedTuple):
+    """Positions of rows: of each row, -1 where there is none; the lowest that is seen, less one; and over all rows the
+    lowest and highest position seen, the first page and the one after the last."""
+
+    position: Any
+    floor: Any
+    low: Any
+    high: Any
+    begin: Any
+    end: Any
+
+
+def paged_attention(
+    q: jax.Array,
+    pool: KVPages,
+    tables: jax.Array,
+    positions: jax.Array,
+    *,
+    layer: jax.Array,
+    blocks: jax.Array,
+    scale: float,
+    window: jax.Array,
+    softcap: float,
+    sinks: jax.Array | None,
+    value_dim: int,
+    interpret: bool = False,
+    split: bool | None = None,
+) -> jax.Array:
+    """As api.paged_attention, batch form. interpret: run the kernels on a CPU. split: the form, by size if None.
+
+    Raises UnsupportedError for int8 pages of 2 to 4 GiB, where Triton's offsets of 32 bits wrap.
+    """
+    batch, tokens, heads, head_dim = q.shape
+    kv_heads, dtype = pool.keys.shape[2], pool.keys.dtype
+    if dtype == jnp.int8 and 1 << 31 < pool.keys.size <= 1 << 32:
+        raise UnsupportedError(
+            f"int8 pages of shape {pool.keys.shape}: Triton's offsets wrap in arrays of 2 to 4 GiB; take a larger or a "
+            "smaller pool"
+        )
+    if pool.latent:
+        value_parts = parts_of(0, value_dim)
+        key_parts = value_parts + parts_of(value_dim, head_dim)
+    else:
+        key_parts, value_parts = parts_of(0, head_dim), parts_of(0, value_dim)
+    group = heads // kv_heads
+    device = card(cuda_capability())
+    row_bytes = dtype.itemsize * (head_dim + (0 if pool.latent else value_dim))
+    many = pl_cdiv(tokens * group, device.many[0]) * kv_heads * batch
+    if split is None:
+        split = many < device.programs // 2
+    static = _Static(
+        tile=tile(device, tokens * group if split else device.many[0], row_bytes),
+        tokens=tokens,
+        group=group,
+        key_dim=head_dim,
+        value_dim=value_dim,
+        key_parts=key_parts,
+        value_parts=value_parts,
+        latent=pool.latent,
+        quantized=dtype == jnp.int8,
+        sinks=sinks is not None,
+        query_factor=scale * _LOG2_E * (2.0 / softcap if softcap else 1.0),
+        softcap=softcap,
+        precision=_precision(dtype, interpret),
+    )
+    operands = [x.reshape(1) for x in (layer, blocks, window)] + [tables, positions]
+    rows = [q.reshape(batch, tokens, kv_heads, group, head_dim), pool.keys]
+    rows += [] if pool.latent else [pool.values]
+    rows += [] if pool.key_scales is None else [pool.key_scales]
+    rows += [] if pool.value_scales is None or pool.latent else [pool.value_scales]
+    logits = [] if sinks is None else [sinks.reshape(kv_heads, group)]
+    if split:
+        parts = _split(operands, rows, static, device.programs, interpret)
+        out = _merge(operands, logits, parts, static, interpret)
+    else:
+        out = _whole(operands, rows, logits, static, interpret)
+    return out.reshape(batch, tokens, heads, value_dim)
+
+
+def parts_of(first: int, end: int) -> tuple[tuple[int, int], ...]:
+    """Elements first..end-1 of a head as (first, size), sizes being powers of two from 16 on, large ones first; the
+    last may reach over the end."""
+    parts = []
+    while first < end:
+        size = 16
+        while first + 2 * size <= end:
+            size *= 2
+        parts.append((first, size))
+        first += size
+    return tuple(parts)
+
+
+def pl_cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _precision(dtype: Any, interpret: bool) -> Any:
+    """Of products: float32 by three TF32 products, which a CPU does not have."""
+    if dtype != jnp.float32:
+        return None
+    return lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+
+
+def _padded(parts: tuple[tuple[int, int], ...]) -> int:
+    return parts[-1][0] + parts[-1][1]
+
+
+def _operand_specs(operands: list[jax.Array]) -> list[Any]:
+    """Of layer, blocks, window, tables and positions, for a grid (any, kv_heads, batch)."""
+    from jax.experimental import pallas as pl
+
+    one = pl.BlockSpec((1,), lambda i, h, b: (0,))
+    return [one, one, one, *(pl.BlockSpec((None, a.shape[1]), lambda i, h, b: (b, 0)) for a in operands[3:])]
+
+
+def _row_specs(rows: list[jax.Array], static: _Static) -> list[Any]:
+    """Of queries, keys, values and their scales; all pages, as the kernel picks them."""
+    from jax.experimental import pallas as pl
+
+    layers, pages = rows[1].shape[:2]
+    queries = (None, static.tokens, None, static.group, _padded(static.key_parts))
+    specs = [pl.BlockSpec(queries, lambda i, h, b: (b, 0, h, 0, 0))]
+    dims = [_padded(static.key_parts)] + ([] if static.latent else [_padded(static.value_parts)])
+    for dim in dims:
+        specs.append(pl.BlockSpec((layers, pages, None, PAGE_SIZE, dim), lambda i, h, b: (0, 0, h, 0, 0)))
+    while len(specs) < len(rows):
+        specs.append(pl.BlockSpec((layers, pages, None, PAGE_SIZE), lambda i, h, b: (0, 0, h, 0)))
+    return specs
+
+
+def _out_spec(static: _Static) -> Any:
+    from jax.experimental import pallas as pl
+
+    shape = (None, static.tokens, None, static.group, _padded(static.value_parts))
+    return pl.BlockSpec(shape, lambda i, h, b: (b, 0, h, 0, 0))
+
+
+def _sink_specs(logits: list[jax.Array]) -> list[Any]:
+    from jax.experimental import pallas as pl
+
+    return [pl.BlockSpec((None, a.shape[1]), lambda i, h, b: (h, 0)) for a in logits]
+
+
+def _out_shape(rows: jax.Array, static: _Static) -> Any:
+    batch, tokens, kv_heads, group, _ = rows.shape
+    return jax.ShapeDtypeStruct((batch, tokens, kv_heads, group, static.value_dim), jnp.float32)
+
+
+def _parameters(tile: Tile) -> Any:
+    from jax.experimental.pallas import triton
+
+    return triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
+
+
+def _whole(
+    operands: list[jax.Array], rows: list[jax.Array], logits: list[jax.Array], static: _Static, interpret: bool
+) -> jax.Array:
+    """All parts and their merging in one kernel -> [B, T, kv_heads, group, value_dim]."""
+    from jax.experimental import pallas as pl
+
+    batch, _, kv_heads = rows[0].shape[:3]
+    tiles = pl_cdiv(static.rows, static.tile.rows)
+    return pl.pallas_call(
+        functools.partial(_whole_kernel, static=static, tiles=tiles),
+        grid=(tiles, kv_heads, batch),
+        in_specs=_operand_specs(operands) + _row_specs(rows, static) + _sink_specs(logits),
+        out_specs=_out_spec(static),
+        out_shape=_out_shape(rows[0], static),
+        compiler_params=_parameters(static.tile),
+        interpret=interpret,
+        name="paged_attention_whole",
+    )(*operands, *rows, *logits)
+
+
+def _whole_kernel(*refs: Any, static: _Static, tiles: int) -> None:
+    from jax.experimental import pallas as pl
+
+    *refs, out_ref = refs
+    logits_ref = refs.pop() if static.sinks else None
+    row = (tiles - 1 - pl.program_id(0)) * static.tile.rows  # the tiles with the most to do begin first
+    rows = row + jnp.arange(static.tile.rows)
+    span = _span(refs, rows, static)
+    step = _step(refs, rows, span, static)
+
+    def page(index: Any, carry: tuple[_Part, _Part]) -> tuple[_Part, _Part]:
+        first = lax.rem(index, PART_PAGES) == 0
+        whole, part = lax.cond(first, lambda a, b: (_merged(a, b), _start(static)), lambda a, b: (a, b), *carry)
+        return whole, step(index, part)
+
+    carry = lax.fori_loop(span.begin, span.end, page, (_start(static), _start(static)))
+    _finish(_merged(*carry), rows, logits_ref, out_ref, static)
+
+
+def _split(
+    operands: list[jax.Array], rows: list[jax.Array], static: _Static, programs: int, interpret: bool
+) -> list[jax.Array]:
+    """The parts: tops and totals [B, kv_heads, parts, T * group], values [B, kv_heads, parts, T * group, value_dim].
+
+    Parts that a row sees nothing of are not all written.
+    """
+    from jax.experimental import pallas as pl
+
+    batch, _, kv_heads = rows[0].shape[:3]
+    tiles = pl_cdiv(static.rows, static.tile.rows)
+    parts = pl_cdiv(operands[3].shape[1], PART_PAGES)
+    # A program takes every lanes-th part: a long table costs no programs that find nothing to do.
+    lanes = min(parts, pl_cdiv(2 * programs, tiles * kv_heads * batch))
+    shape = (batch, kv_heads, parts, static.rows)
+    spec = pl.BlockSpec((None, None, parts, static.rows), lambda i, h, b: (b, h, 0, 0))
+    dims = (parts, static.rows, _padded(static.value_parts))
+    return pl.pallas_call(
+        functools.partial(_split_kernel, static=static, tiles=tiles, lanes=lanes),
+        grid=(tiles * lanes, kv_heads, batch),
+        in_specs=_operand_specs(operands) + _row_specs(rows, static),
+        out_specs=[spec, spec, pl.BlockSpec((None, None, *dims), lambda i, h, b: (b, h, 0, 0, 0))],
+        out_shape=[
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+            jax.ShapeDtypeStruct((*shape, static.value_dim), jnp.float32),
+        ],
+        compiler_params=_parameters(static.tile),
+        interpret=interpret,
+        name="paged_attention_split",
+    )(*operands, *rows)
+
+
+def _split_kernel(*refs: Any, static: _Static, tiles: int, lanes: int) -> None:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    *refs, top_ref, total_ref, mixed_ref = refs
+    row = lax.rem(pl.program_id(0), tiles) * static.tile.rows
+    rows = row + jnp.arange(static.tile.rows)
+    inside = rows < static.rows
+    span = _span(refs, rows, static)
+    step = _step(refs, rows, span, static)
+    first = lax.div(span.begin, PART_PAGES) + lax.div(pl.program_id(0), tiles)
+    end = lax.div(span.end + PART_PAGES - 1, PART_PAGES)
+
+    def one(i: Any, _: None) -> None:
+        number = first + i * lanes
+        begin = jnp.maximum(number * PART_PAGES, span.begin)
+        part = lax.fori_loop(begin, jnp.minimum((number + 1) * PART_PAGES, span.end), step, _start(static))
+        triton.store(top_ref.at[number, rows], part.top, mask=inside)
+        triton.store(total_ref.at[number, rows], part.total.max(1), mask=inside)
+        for (start, size), values in zip(static.value_parts, part.mixed):
+            mask = inside[:, None] & (start + jnp.arange(size) < static.value_dim)[None, :]
+            triton.store(mixed_ref.at[number, rows, pl.ds(start, size)], values, mask=mask)
+
+    lax.fori_loop(0, lax.div(jnp.maximum(end - first, 0) + lanes - 1, lanes), one, None)
+
+
+def _merge(
+    operands: list[jax.Array], logits: list[jax.Array], parts: list[jax.Array], static: _Static, interpret: bool
+) -> jax.Array:
+    """The parts of every row merged in order -> [B, T, kv_heads, group, value_dim]."""
+    from jax.experimental import pallas as pl
+
+    batch, kv_heads, count, rows = parts[0].shape
+    spec = pl.BlockSpec((None, None, count, rows), lambda i, h, b: (b, h, 0, 0))
+    dims = (count, rows, _padded(static.value_parts))
+    shape = (batch, static.tokens, kv_heads, static.group, static.value_dim)
+    operands = operands[1:3] + operands[4:]  # blocks, window, positions
+    specs = _operand_specs([operands[0], *operands[:2], operands[2]])[1:]
+    return pl.pallas_call(
+        functools.partial(_merge_kernel, static=static, count=count),
+        grid=(pl_cdiv(rows, _MERGE_ROWS), kv_heads, batch),
+        in_specs=[*specs, spec, spec, pl.BlockSpec((None, None, *dims), lambda i, h, b: (b, h, 0, 0, 0))]
+        + _sink_specs(logits),
+        out_specs=_out_spec(static),
+        out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+        compiler_params=_parameters(Tile(_MERGE_ROWS, 4, 1)),
+        interpret=interpret,
+        name="paged_attention_merge",
+    )(*operands, *parts, *logits)
+
+
+def _merge_kernel(
+    blocks_ref: Any,
+    window_ref: Any,
+    positions_ref: Any,
+    top_ref: Any,
+    total_ref: Any,
+    mixed_ref: Any,
+    *refs: Any,
+    static: _Static,
+    count: int,
+) -> None:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    *logits_ref, out_ref = refs
+    rows = pl.program_id(0) * _MERGE_ROWS + jnp.arange(_MERGE_ROWS)
+    inside = rows < static.rows
+    token = lax.div(rows, static.group)
+    position = triton.load(positions_ref.at[token], mask=inside, other=-1)
+    lookback = _lookback(window_ref)
+    pages = PART_PAGES * PAGE_SIZE
+    first = lax.div(jnp.maximum(position - lookback + 1, 0), pages)  # [rows]
+    last = jnp.minimum(position, blocks_ref[0] * (BLOCK_PAGES * PAGE_SIZE) - 1)
+    end = jnp.where(last >= 0, lax.div(jnp.maximum(last, 0), pages) + 1, 0)
+
+    def read(number: Any) -> _Part:
+        known = inside & (number >= first) & (number < end)
+        at = jnp.minimum(number, count - 1)
+        top = triton.load(top_ref.at[at, rows], mask=known, other=_START)
+        total = triton.load(total_ref.at[at, rows], mask=known, other=0.0)
+        mixed = []
+        for start, size in static.value_parts:
+            mask = known[:, None] & (start + jnp.arange(size) < static.value_dim)[None, :]
+            mixed.append(triton.load(mixed_ref.at[at, rows, pl.ds(start, size)], mask=mask, other=0.0))
+        return _Part(top, jnp.broadcast_to(total[:, None], (_MERGE_ROWS, 1)), tuple(mixed))
+
+    def some(i: Any, whole: _Part) -> _Part:
+        parts = [read(i * _MERGE_UNROLL + j) for j in range(_MERGE_UNROLL)]  # loads that do not wait for each other
+        return functools.reduce(_merged, parts, whole)
+
+    begin = lax.div(jnp.where(position >= 0, first, count).min(), _MERGE_UNROLL)
+    chunks = lax.div(end.max() + _MERGE_UNROLL - 1, _MERGE_UNROLL)
+    whole = lax.fori_loop(begin, chunks, some, _start(static, _MERGE_ROWS, 1))
+    _finish(whole, rows, logits_ref[0] if logits_ref else None, out_ref, static)
+
+
+def _start(static: _Static, rows: int = 0, columns: int = _ONES) -> _Part:
+    """Sums over no positions."""
+    rows = rows or static.tile.rows
+    zeros = tuple(jnp.zeros((rows, size), jnp.float32) for _, size in static.value_parts)
+    return _Part(jnp.full((rows,), _START, jnp.float32), jnp.zeros((rows, columns), jnp.float32), zeros)
+
+
+def _power(exponent: Any) -> Any:
+    """2^exponent exactly, for integers in float32 up to 127; 0 from -127 on down."""
+    bits = (jnp.maximum(exponent, -127.0).astype(jnp.int32) + 127) << 23
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _merged(a: _Part, b: _Part) -> _Part:
+    """Sums over both. One over nothing changes no bit of the other."""
+    top = jnp.maximum(a.top, b.top)
+    keep, add = _power(a.top - top)[:, None], _power(b.top - top)[:, None]
+    mixed = tuple(x * keep + y * add for x, y in zip(a.mixed, b.mixed))
+    return _Part(top, a.total * keep + b.total * add, mixed)
+
+
+def _lookback(window_ref: Any) -> Any:
+    window = window_ref[0]
+    return jnp.where(window > 0, jnp.minimum(window, _EVERY), _EVERY)
+
+
+def _span(refs: list[Any], rows: Any, static: _Static) -> _Span:
+    from jax.experimental.pallas import triton
+
+    _, blocks_ref, window_ref, _, positions_ref = refs[:5]
+    lookback = _lookback(window_ref)
+    position = triton.load(positions_ref.at[lax.div(rows, static.group)], mask=rows < static.rows, other=-1)
+    high = position.max()
+    low = jnp.maximum(jnp.where(position >= 0, position, high).min() - lookback + 1, 0)
+    end = jnp.minimum(lax.div(high + PAGE_SIZE, PAGE_SIZE), blocks_ref[0] * BLOCK_PAGES)  # 0 pages for a high of -1
+    return _Span(position, position - lookback, low, high, lax.div(low, PAGE_SIZE), end)
+
+
+def _step(refs: list[Any], rows: Any, span: _Span, static: _Static) -> Any:
+    """(page of the sequence, sums) -> sums with that page's positions in them."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    layer_ref, _, _, table_ref, _, q_ref, k_ref, *refs = refs
+    v_ref = k_ref if static.latent else refs.pop(0)
+    k_scale_ref, v_scale_ref = (refs * 2)[:2] if static.quantized else (None, None)
+    layer = layer_ref[0]
+    token, head = lax.div(rows, static.group), lax.rem(rows, static.group)
+    score_type, weight_type = _types(k_ref.dtype)
+    queries = []
+    for first, size in static.key_parts:
+        columns = first + jnp.arange(size) < static.key_dim
+        mask = (rows < static.rows)[:, None] & columns[None, :]
+        q = triton.load(q_ref.at[token, head, pl.ds(first, size)], mask=mask, other=0.0)
+        queries.append(_query(q * static.query_factor, score_type))
+    ones = jnp.ones((PAGE_SIZE, _ONES), weight_type)
+    dot = functools.partial(triton.dot, precision=static.precision)
+
+    def load(ref: Any, page: Any, part: tuple[int, int], dim: int, used: Any) -> Any:
+        first, size = part
+        mask = jnp.broadcast_to(used[:, None], (PAGE_SIZE, size))
+        if first + size > dim:
+            mask = mask & (first + jnp.arange(size) < dim)[None, :]
+        return triton.load(ref.at[layer, page, :, pl.ds(first, size)], mask=mask, other=0)
+
+    def step(index: Any, carry: _Part) -> _Part:
+        page = table_ref[index]
+        at = index * PAGE_SIZE + jnp.arange(PAGE_SIZE)
+        used = (at >= span.low) & (at <= span.high)  # other rows may hold anything, NaN too
+        keys = [load(k_ref, page, part, static.key_dim, used) for part in static.key_parts]
+        products = [dot(q, k.astype(score_type).T) for qs, k in zip(queries, keys) for q in qs]
+        scores = functools.reduce(jnp.add, products)  # [rows, PAGE_SIZE]
+        if static.quantized:
+            scores = scores * triton.load(k_scale_ref.at[layer, page, :], mask=used, other=0.0)[None, :]
+        if static.softcap:  # tanh(x) = 1 - 2 / (1 + e^2x)
+            scores = (1.0 - 2.0 / (1.0 + jnp.exp2(scores))) * (static.softcap * _LOG2_E)
+        seen = (at[None, :] <= span.position[:, None]) & (at[None, :] > span.floor[:, None])
+        scores = jnp.where(seen, scores, _MASKED)
+        top = jnp.maximum(carry.top, jnp.ceil(scores.max(1)))
+        weights = jnp.exp2(scores - top[:, None])
+        keep = _power(carry.top - top)[:, None]
+        total = carry.total * keep + dot(weights.astype(weight_type), ones)
+        if static.latent:
+            values = keys[: len(static.value_parts)]
+        else:
+            values = [load(v_ref, page, part, static.value_dim, used) for part in static.value_parts]
+        if static.quantized:
+            weights = weights * triton.load(v_scale_ref.at[layer, page, :], mask=used, other=0.0)[None, :]
+        weights = weights.astype(weight_type)
+        mixed = [m * keep + dot(weights, v.astype(weight_type)) for m, v in zip(carry.mixed, values)]
+        return _Part(top, total, tuple(mixed))
+
+    return step
+
+
+def _types(pages: Any) -> tuple[Any, Any]:
+    """Of the products with keys and with values. Weights times the scales of int8 values need bfloat16's range."""
+    if pages == jnp.int8:
+        return np.dtype(jnp.float16), np.dtype(jnp.bfloat16)
+    return np.dtype(pages), np.dtype(pages)
+
+
+def _query(q: Any, dtype: Any) -> list[Any]:
+    """float32 q as one term or, bfloat16 having 8 bits only, as the sum of two."""
+    if dtype == jnp.bfloat16:
+        high = q.astype(dtype)
+        return [high, (q - high.astype(jnp.float32)).astype(dtype)]
+    if dtype == jnp.float16:
+        q = jnp.minimum(jnp.maximum(q, -FLOAT16_MAX), FLOAT16_MAX)
+    return [q.astype(dtype)]
+
+
+def _finish(whole: _Part, rows: Any, logits_ref: Any, out_ref: Any, static: _Static) -> None:
+    """Takes the sinks in, normalises and writes."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    inside = rows < static.rows
+    token, head = lax.div(rows, static.group), lax.rem(rows, static.group)
+    total = whole.total.max(1)
+    factor = jnp.ones_like(total)
+    if logits_ref is not None:  # a position of its own whose value is zero
+        sink = triton.load(logits_ref.at[head], mask=inside, other=0.0) * _LOG2_E
+        top = jnp.maximum(whole.top, jnp.ceil(sink))
+        factor = _power(whole.top - top)
+        total = total * factor + jnp.exp2(sink - top)
+    total = jnp.where(total > 0.0, total, 1.0)
+    for (first, size), values in zip(static.value_parts, whole.mixed):
+        mask = inside[:, None] & (first + jnp.arange(size) < static.value_dim)[None, :]
+        value = values * factor[:, None] / total[:, None]
+        triton.store(out_ref.at[token, head, pl.ds(first, size)], value, mask=mask)
