@@ -30,6 +30,9 @@ def weights(name: str, shape: tuple[int, ...], seed: int = 0) -> dict[str, jax.A
             arrays[key] = jnp.asarray(rng.integers(middle, middle + 8, size, dtype=np.uint8))
         elif dtype.kind in "iu":
             info = np.iinfo(dtype)
+            if key in ("scales", "mins") and FORMATS[name].scale == "u8":  # of six bits
+                arrays[key] = jnp.asarray(rng.integers(0, 64, size, dtype=dtype))
+                continue
             arrays[key] = jnp.asarray(rng.integers(info.min, info.max, size, dtype=dtype, endpoint=True))
         else:
             arrays[key] = jnp.asarray(rng.normal(size=size).astype(np.float32), dtype)
@@ -217,7 +220,7 @@ def test_no_full_precision_copy_of_a_large_weight():
 
 def test_what_is_refused():
     arrays, x = weights("Q8_0", (24, 64)), rows(2, 64)
-    with pytest.raises(UnsupportedError, match="'cuda' is not available for quant_matmul; accepted: auto, xla"):
+    with pytest.raises(UnsupportedError, match="'cuda' is not available for quant_matmul; accepted: auto, native, xla"):
         quant_matmul(x, arrays, FORMATS["Q8_0"], backend="cuda")
     with pytest.raises(BackendError, match="'pallas'"):
         QuantizedTensor(arrays, "Q8_0").matmul(x, backend="pallas")

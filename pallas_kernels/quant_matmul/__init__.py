@@ -1,7 +1,7 @@
 """Matmul with packed quantized weights."""
 
 from ..errors import UnsupportedError
-from .api import BACKENDS, expert_matmul, quant_matmul, resolve, take_rows
+from .api import BACKENDS, Weight, expert_matmul, quant_matmul, quant_matmuls, resolve, take_rows
 from .formats import FORMATS, Format
 from .reference import dequantize
 
@@ -10,9 +10,11 @@ __all__ = [
     "FORMATS",
     "Format",
     "UnsupportedError",
+    "Weight",
     "dequantize",
     "expert_matmul",
     "quant_matmul",
+    "quant_matmuls",
     "resolve",
     "take_rows",
 ]

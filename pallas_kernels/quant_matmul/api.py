@@ -2,17 +2,20 @@
 
 custom_vjp lies outside (gradients with respect to x; weights are constants), custom_vmap inside it (a vmap over
 requests becomes one matmul over all their rows), the backend innermost.
+
+A weight's arrays come in one of two layouts: rows, as formats.py describes, which any platform reads; or tiles, which
+`native.tile` makes of them and the native CPU kernels read. Which backend serves which is the table BACKENDS.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ..errors import UnsupportedError
-from . import xla
+from . import native, xla
 from .experts import for_each_expert
 from .formats import Format
 from .reference import dequantize
@@ -20,123 +23,237 @@ from .reference import dequantize
 Arrays = dict[str, Any]
 
 
-BACKENDS = ("auto", "xla")
-_RESOLVED = {"auto": "xla", "xla": "xla"}  # "auto" -> the first backend that serves every case
+class Weight(NamedTuple):
+    """A packed weight [N, K], or a stack [..., N, K]. n: N, which tiled arrays do not tell; None for rows."""
+
+    arrays: Arrays
+    fmt: Format
+    n: int | None = None
+
+    @property
+    def tiled(self) -> bool:
+        return "tiles" in self.arrays
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape [..., N, K]."""
+        first = next(iter(self.arrays.values()))
+        if not self.tiled:
+            return (*first.shape[:-1], self.fmt.columns(self.arrays))
+        if self.n is None:
+            raise ValueError("a tiled weight needs n, its number of rows")
+        return (*first.shape[:-2], self.n, native.columns(self.arrays, self.fmt))
 
 
-def resolve(backend: str) -> str:
-    """The backend a name stands for; UnsupportedError when there is none."""
-    if backend not in _RESOLVED:
+def _xla_unsupported(weight: Weight) -> str | None:
+    return "it reads weights as rows, and these are tiles" if weight.tiled else None
+
+
+def _native_unsupported(weight: Weight) -> str | None:
+    return native.unsupported(weight.fmt) or (None if weight.tiled else "it reads weights as tiles, and these are rows")
+
+
+# In the order in which "auto" asks: name -> why it cannot take a weight, or None.
+BACKENDS: dict[str, Callable[[Weight], str | None]] = {"native": _native_unsupported, "xla": _xla_unsupported}
+
+
+def resolve(backend: str, weight: Weight) -> str:
+    """The backend that a name stands for with this weight; UnsupportedError, with the reason, when there is none."""
+    if backend == "auto":
+        reasons = {name: unsupported(weight) for name, unsupported in BACKENDS.items()}
+        for name, reason in reasons.items():
+            if reason is None:
+                return name
+        text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise UnsupportedError(f"no backend of quant_matmul takes this {weight.fmt.name} weight: {text}")
+    if backend not in BACKENDS:
         raise UnsupportedError(
-            f"backend {backend!r} is not available for quant_matmul; accepted: {', '.join(BACKENDS)}"
+            f"backend {backend!r} is not available for quant_matmul; accepted: auto, {', '.join(BACKENDS)}"
         )
-    return _RESOLVED[backend]
+    reason = BACKENDS[backend](weight)
+    if reason is not None:
+        raise UnsupportedError(f"backend {backend!r} does not take this {weight.fmt.name} weight: {reason}")
+    return backend
 
 
-def quant_matmul(x: jax.Array, arrays: Arrays, fmt: Format, *, layer: Any = None, backend: str = "auto") -> jax.Array:
+def quant_matmul(
+    x: jax.Array, arrays: Arrays, fmt: Format, *, n: int | None = None, layer: Any = None, backend: str = "auto"
+) -> jax.Array:
     """x [..., K] times a packed weight [N, K] -> float32 [..., N].
 
-    arrays: as Format.spec((N, K)), or of a stack (L, N, K) with ``layer`` an int32 scalar, traced or not. A row's bits
-    do not depend on the other rows of the call. Differentiable in x, not in the weight. Raises UnsupportedError for an
-    unknown backend and ValueError for shapes that do not fit.
+    arrays: rows as Format.spec((N, K)), or tiles, with n = N; or of a stack (L, N, K) with ``layer`` an int32 scalar,
+    traced or not. A row's bits do not depend on the other rows of the call. Differentiable in x, not in the weight.
+    Raises UnsupportedError for a backend that does not take the case and ValueError for shapes that do not fit.
     """
-    resolve(backend)
-    _check(x, arrays, fmt, 2 if layer is None else 3)
-    return _dense(fmt)(x.astype(jnp.float32), None, arrays, _lead(layer))
+    return quant_matmuls(x, [Weight(arrays, fmt, n)], layers=None if layer is None else [layer], backend=backend)[0]
+
+
+def quant_matmuls(
+    x: jax.Array, weights: Sequence[Weight], *, layers: Sequence[Any] | None = None, backend: str = "auto"
+) -> list[jax.Array]:
+    """x [..., K] times several weights -> float32 [..., N] each: one call where a backend has one, for what shares x.
+
+    layers: an index into each weight's stack. Bits, gradients and errors as in quant_matmul.
+    """
+    for weight in weights:
+        _check(x, weight, 2 if layers is None else 3)
+    names = tuple(resolve(backend, weight) for weight in weights)
+    if len(set(names)) > 1:
+        single = [layers and layers[i : i + 1] for i in range(len(weights))]
+        return [quant_matmuls(x, [w], layers=one, backend=b)[0] for w, one, b in zip(weights, single, names)]
+    lead = () if layers is None else tuple(jnp.asarray(layer, jnp.int32) for layer in layers)
+    operation = _dense(tuple((w.fmt, w.n) for w in weights), names[0])
+    return list(operation(x.astype(jnp.float32), None, tuple(w.arrays for w in weights), lead))
 
 
 def expert_matmul(
-    x: jax.Array, expert_ids: jax.Array, arrays: Arrays, fmt: Format, *, layer: Any = None, backend: str = "auto"
+    x: jax.Array,
+    expert_ids: jax.Array,
+    arrays: Arrays,
+    fmt: Format,
+    *,
+    n: int | None = None,
+    layer: Any = None,
+    backend: str = "auto",
 ) -> jax.Array:
     """Row i of x [..., K] times expert ``expert_ids[i]`` (int32 [...]) of packed weights [E, N, K] -> float32 [..., N].
 
     arrays may be a stack [L, E, N, K] with ``layer``. Bits, gradients and errors as in quant_matmul; ids are clamped.
     """
-    resolve(backend)
-    _check(x, arrays, fmt, 3 if layer is None else 4)
+    weight = Weight(arrays, fmt, n)
+    name = resolve(backend, weight)
+    _check(x, weight, 3 if layer is None else 4)
     if expert_ids.shape != x.shape[:-1]:
         raise ValueError(f"expert_ids has shape {expert_ids.shape}, expected {x.shape[:-1]}")
-    return _experts(fmt)(x.astype(jnp.float32), expert_ids.astype(jnp.int32), arrays, _lead(layer))
+    lead = () if layer is None else (jnp.asarray(layer, jnp.int32),)
+    operation = _experts((fmt, n), name)
+    return operation(x.astype(jnp.float32), expert_ids.astype(jnp.int32), (arrays,), lead)[0]
 
 
-def take_rows(arrays: Arrays, fmt: Format, ids: jax.Array) -> jax.Array:
+def take_rows(arrays: Arrays, fmt: Format, ids: jax.Array, n: int | None = None) -> jax.Array:
     """Rows ``ids`` [...] int32 of a packed weight [N, K] -> float32 [..., K]. Ids outside 0..N-1 are clamped."""
-    ids = jnp.clip(ids, 0, next(iter(arrays.values())).shape[0] - 1)
+    weight = Weight(arrays, fmt, n)
+    if weight.tiled:
+        resolve("native", weight)
+        return _tiled_rows(fmt, n)(ids.astype(jnp.int32), arrays)
+    ids = jnp.clip(ids, 0, weight.shape[-2] - 1)
     return dequantize({name: a[ids] for name, a in arrays.items()}, fmt)
 
 
-def _check(x: Any, arrays: Arrays, fmt: Format, ndim: int) -> None:
-    first = next(iter(arrays.values()))
-    if first.ndim != ndim:
-        raise ValueError(f"weight arrays have {first.ndim} axes, expected {ndim}")
-    if x.shape[-1] != fmt.columns(arrays):
-        raise ValueError(f"x has {x.shape[-1]} columns, the weight {fmt.columns(arrays)}")
-
-
-def _lead(layer: Any) -> tuple[jax.Array, ...]:
-    return () if layer is None else (jnp.asarray(layer, jnp.int32),)
+def _check(x: Any, weight: Weight, ndim: int) -> None:
+    shape = weight.shape
+    if len(shape) != ndim:
+        raise ValueError(f"weight arrays are of shape {shape}, expected {ndim} axes")
+    if x.shape[-1] != shape[-1]:
+        raise ValueError(f"x has {x.shape[-1]} columns, the weight {shape[-1]}")
 
 
 @cache
-def _dense(fmt: Format) -> Callable[..., jax.Array]:
-    """The differentiable, vmappable (x, None, arrays, lead) -> y of one format."""
-    return _operation(
-        lambda x, _, arrays, lead: xla.matmul(x, arrays, fmt, lead),
-        lambda g, _, arrays, lead: xla.matmul_transposed(g, arrays, fmt, lead),
-    )
+def _dense(specs: tuple[tuple[Format, int | None], ...], backend: str) -> Callable[..., tuple[jax.Array, ...]]:
+    """The differentiable, vmappable (x, None, arrays, lead) -> ys of weights of these formats."""
+    if backend == "native":
 
+        def forward(xs, _, arrays, lead):
+            return tuple(native.matmul(xs[0], [(a, *spec) for a, spec in zip(arrays, specs)], lead))
 
-@cache
-def _experts(fmt: Format) -> Callable[..., jax.Array]:
-    """The same for (x, expert_ids, arrays, lead)."""
+        def backward(gs, _, arrays, lead):
+            index = lead or (None,) * len(specs)
+            parts = [native.matmul_transposed(g, (a, *s), i) for g, a, s, i in zip(gs, arrays, specs, index)]
+            return (sum(parts[1:], start=parts[0]),)
 
-    def forward(x, ids, arrays, lead):
-        experts, n = next(iter(arrays.values())).shape[len(lead) :][:2]
-        return for_each_expert(x, ids, experts, n, lambda rows, e: xla.matmul(rows, arrays, fmt, (*lead, e)))
+    else:
 
-    def backward(g, ids, arrays, lead):
-        experts, k = next(iter(arrays.values())).shape[len(lead)], fmt.columns(arrays)
-        return for_each_expert(g, ids, experts, k, lambda rows, e: xla.matmul_transposed(rows, arrays, fmt, (*lead, e)))
+        def each(matmul, xs, arrays, lead):
+            places = [(i,) for i in lead] or [()] * len(specs)
+            return [matmul(x, a, fmt, i) for x, a, (fmt, _), i in zip(xs, arrays, specs, places)]
+
+        def forward(xs, _, arrays, lead):
+            return tuple(each(xla.matmul, xs * len(specs), arrays, lead))
+
+        def backward(gs, _, arrays, lead):
+            parts = each(xla.matmul_transposed, gs, arrays, lead)
+            return (sum(parts[1:], start=parts[0]),)
 
     return _operation(forward, backward)
 
 
-def _operation(forward: Callable[..., jax.Array], backward: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+@cache
+def _experts(spec: tuple[Format, int | None], backend: str) -> Callable[..., tuple[jax.Array, ...]]:
+    """The same for (x, expert_ids, (arrays,), lead)."""
+    fmt, n = spec
+
+    def forward(xs, ids, arrays, lead):
+        [x], [arrays] = xs, arrays
+        if backend == "native":
+            return (native.expert_matmul(x, ids, (arrays, fmt, n), lead),)
+        *_, experts, width, _ = Weight(arrays, fmt, n).shape
+        return (for_each_expert(x, ids, experts, width, lambda rows, e: xla.matmul(rows, arrays, fmt, (*lead, e))),)
+
+    def backward(gs, ids, arrays, lead):
+        [g], [arrays] = gs, arrays
+        *_, experts, _, k = Weight(arrays, fmt, n).shape
+
+        def matmul(rows, e):
+            if backend == "native":
+                return native.matmul_transposed(rows, (arrays, fmt, n), e + (lead[0] * experts if lead else 0))
+            return xla.matmul_transposed(rows, arrays, fmt, (*lead, e))
+
+        return (for_each_expert(g, ids, experts, k, matmul),)
+
+    return _operation(forward, backward)
+
+
+@cache
+def _tiled_rows(fmt: Format, n: int) -> Callable[..., jax.Array]:
+    def run(_, ids, arrays, lead):
+        return (native.rows(ids, (arrays[0], fmt, n)),)
+
+    rows = _rowwise(run)
+    return lambda ids, arrays: rows((), ids, (arrays,), ())[0]
+
+
+def _operation(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """forward((x,), ids, arrays, lead) -> ys, made differentiable in x: backward(gs, ids, arrays, lead) -> (dx,)."""
     forward, backward = _rowwise(forward), _rowwise(backward)
 
     @jax.custom_vjp
     def operation(x, ids, arrays, lead):
-        return forward(x, ids, arrays, lead)
+        return forward((x,), ids, arrays, lead)
 
     operation.defvjp(
-        lambda x, *weight: (forward(x, *weight), weight),
-        lambda weight, g: (backward(g, *weight), None, None, None),
+        lambda x, *weight: (forward((x,), *weight), weight),
+        lambda weight, gs: (backward(tuple(gs), *weight)[0], None, None, None),
     )
     return operation
 
 
-def _rowwise(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """``run`` on rows (x [M, K], ids [M] or None), as a function of x [..., K], ids [...] whose vmap only adds rows."""
+def _rowwise(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` on rows (xs [M, K] each, ids [M] or None), as a function of [..., K], [...] whose vmap only adds rows."""
 
     @jax.custom_batching.custom_vmap
-    def rows(x, ids, arrays, lead):
-        y = run(x.reshape(-1, x.shape[-1]), None if ids is None else ids.reshape(-1), arrays, lead)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+    def rows(xs, ids, arrays, lead):
+        shape = xs[0].shape[:-1] if xs else ids.shape
+        flat = tuple(x.reshape(-1, x.shape[-1]) for x in xs)
+        ys = run(flat, None if ids is None else ids.reshape(-1), arrays, lead)
+        return tuple(y.reshape(*shape, y.shape[-1]) for y in ys)
 
     @rows.def_vmap
-    def _batched(axis_size, in_batched, x, ids, arrays, lead):
-        x_batched, ids_batched, *weight_batched = in_batched
+    def _batched(axis_size, in_batched, xs, ids, arrays, lead):
+        xs_batched, ids_batched, *weight_batched = in_batched
         if not any(jax.tree.leaves(weight_batched)):
-            if not x_batched:
-                x = jnp.broadcast_to(x, (axis_size, *x.shape))
-            if ids is not None and not ids_batched:
-                ids = jnp.broadcast_to(ids, (axis_size, *ids.shape))
-            return rows(x, ids, arrays, lead), True
+
+            def spread(a, batched):
+                return a if batched else jnp.broadcast_to(a, (axis_size, *a.shape))
+
+            xs = tuple(spread(x, b) for x, b in zip(xs, xs_batched))
+            ys = rows(xs, None if ids is None else spread(ids, ids_batched), arrays, lead)
+            return ys, tuple(True for _ in ys)
 
         def one(i):  # another weight for every element: nothing to share, so one at a time
-            args = (x, ids, arrays, lead)
+            args = (xs, ids, arrays, lead)
             return rows(*jax.tree.map(lambda a, batched: a[i] if batched else a, args, tuple(in_batched)))
 
-        return jax.lax.map(one, jnp.arange(axis_size)), True
+        ys = jax.lax.map(one, jnp.arange(axis_size))
+        return ys, tuple(True for _ in ys)
 
     return rows

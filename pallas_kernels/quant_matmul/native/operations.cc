@@ -291,6 +291,8 @@ ffi::Error rows(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> ids, ffi::Buffer<ffi
 }  // namespace
 }  // namespace realm
 
+#pragma GCC visibility push(default)
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_quant_matmul, realm::matmul,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
@@ -321,3 +323,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_quant_rows, realm::rows,
                                   .Attr<int64_t>("format")
                                   .Attr<int64_t>("n")
                                   .Attr<int64_t>("isa"));
+
+#pragma GCC visibility pop
