@@ -23,11 +23,12 @@ from realm_jax.arguments import (
 )
 from realm_jax.engine.loop import HostLoop
 from realm_jax.engine.request import Request, choice_seed, collect
-from realm_jax.engine.runner import Runner, resolve_backend
+from realm_jax.engine.runner import Runner
 from realm_jax.errors import ChatTemplateError, InvalidRequestError, RealmError
 from realm_jax.gguf import open_gguf
 from realm_jax.interrupt import interrupt_deferred
 from realm_jax.model import check_model, load_model
+from realm_jax.model.backend import resolve_backend
 from realm_jax.registry import resolve
 from realm_jax.results import Piece, Result
 from realm_jax.sampling_params import SamplingParams, shown
@@ -85,7 +86,7 @@ class LLM:
         ):
             raise InvalidRequestError(f"max_batch is {shown(max_batch)}; accepted: an integer from 1 to {MAX_BATCH}")
         check_context_length(context_length)
-        resolve_backend(backend)
+        kernels = resolve_backend(backend)
         if not isinstance(model, (str, Path)) or not str(model):
             raise InvalidRequestError(f"model is {brief(model)}; accepted: a path, a model's name or a repository id")
         with open_gguf(resolve(model, progress)) as file:
@@ -93,14 +94,14 @@ class LLM:
             with interrupt_deferred():
                 check_model(file, context_length)  # before the tokenizer, and both before the weights, which take long
                 self._tokenizer = load_tokenizer(file)
-            loaded = load_model(file, context_length, progress)
+            loaded = load_model(file, context_length, progress, backend=kernels)
             self._template: ChatTemplate | ChatTemplateError
             try:
                 self._template = load_chat_template(file)
             except ChatTemplateError as error:  # matters to chat() without a template of the caller's
                 self._template = error
         self.config = loaded.config
-        runner = Runner(loaded, max_batch=int(max_batch), backend=backend)
+        runner = Runner(loaded, max_batch=int(max_batch))
         if progress is not None:
             runner.on_compile = lambda what: progress(f"compiling for {what}", 0, 0)
         self._runner: Runner | None = runner

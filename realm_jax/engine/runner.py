@@ -12,13 +12,12 @@ import numpy as np
 from realm_jax.cache import BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, KVPages, allocate_pages, row_dtype
 from realm_jax.engine.buckets import Buckets
 from realm_jax.engine.compile_cache import enable_compile_cache
-from realm_jax.errors import BackendError, CapacityError
+from realm_jax.errors import CapacityError
 from realm_jax.model.attention import CacheView
 from realm_jax.model.decoder import forward, logits
 from realm_jax.model.params import Model, Params
 
 Wanted = Literal["last", "all", "hidden"]
-BACKENDS = ("auto", "xla", "native", "pallas")
 POOL_BYTES = 512 << 20  # of cached rows, or one whole context where that is more; zeroing more delays the first token
 
 
@@ -29,18 +28,13 @@ class Runner:
     own sequence and how it is cut: not on the batch around it.
     """
 
-    def __init__(self, model: Model, *, max_batch: int = 8, backend: str = "auto"):
+    def __init__(self, model: Model, *, max_batch: int = 8):
         """Allocates nothing on the device until the first step.
 
         Args:
-            model: the model.
+            model: the model; the kernels are of the backend it was loaded for.
             max_batch: most sequences in one call.
-            backend: "auto" or a kernel backend by name.
-
-        Raises:
-            BackendError: the backend is not available.
         """
-        self.backend = resolve_backend(backend)
         self.model = model
         self.max_batch = max_batch
         self.buckets = Buckets.up_to(max_batch)
@@ -48,7 +42,7 @@ class Runner:
         self.page_size = PAGE_SIZE
         blocks = -(-model.config.context_length // BLOCK_SIZE)
         self.max_pages_per_slot = blocks * BLOCK_PAGES
-        self.row_dtype = row_dtype(self.backend)
+        self.row_dtype = row_dtype(model.backend)
         page_bytes = model.config.cache_values_per_token * self.row_dtype.itemsize * PAGE_SIZE
         affordable = max(self.max_pages_per_slot, POOL_BYTES // page_bytes)
         self.num_pages = min(self.max_pages_per_slot * max_batch, affordable)
@@ -139,9 +133,8 @@ class Runner:
         if key not in self._programs:
             if self.on_compile is not None:
                 self.on_compile(f"{rows} x {size} tokens")
-            run = partial(
-                _run_batch, config=self.model.config, plan=self.model.plan, backend=self.backend, wanted=wanted
-            )
+            m = self.model
+            run = partial(_run_batch, config=m.config, plan=m.plan, backend=m.backend, wanted=wanted)
             self._programs[key] = jax.jit(run, donate_argnums=1).lower(*args).compile()
         return self._programs[key]
 
@@ -193,13 +186,3 @@ def _in_order(groups: list[jax.Array], back: jax.Array) -> jax.Array:
     """Rows `back` of all groups together. One program, over buckets of rows only, whoever is in which group."""
     return jnp.concatenate(groups)[back]
 
-
-def resolve_backend(name: str) -> str:
-    """The backend a user's choice stands for. BackendError when it is not available here."""
-    if name not in BACKENDS:
-        raise BackendError(f"backend is {name!r}; accepted: auto, xla")
-    if name == "native":
-        raise BackendError("backend 'native' is not part of this version; use 'auto' or 'xla'")
-    if name == "pallas":
-        raise BackendError("backend 'pallas' is not part of this version; use 'auto' or 'xla'")
-    return "xla"

@@ -157,7 +157,7 @@ def _attention(h, pool, w, c, cos_sin, mix) -> tuple[jax.Array, KVPages]:
             for name, x in (("attn_q", q), ("attn_k", k), ("attn_v", v))
         )
     else:
-        q, k, v = w.linear(h, "attn_q"), w.linear(h, "attn_k"), w.linear(h, "attn_v")
+        q, k, v = w.linears(h, "attn_q", "attn_k", "attn_v")
     if c.spec.qk_norm == "full":
         q, k = (
             rms_norm(q, w.vector("attn_q_norm.weight"), c.norm_eps),
@@ -212,7 +212,7 @@ def _feed_forward(h: jax.Array, w: LayerWeights, c: ModelConfig) -> jax.Array:
     if c.spec.fused_gate_up:
         gate, up = jnp.split(w.linear(h, "ffn_up"), 2, axis=-1)
     else:
-        gate, up = w.linear(h, "ffn_gate"), w.linear(h, "ffn_up")
+        gate, up = w.linears(h, "ffn_gate", "ffn_up")
     return w.linear(gated(gate, up, c.spec.activation), "ffn_down")
 
 

@@ -50,6 +50,7 @@ class Model:
     params: Params
     config: ModelConfig = flax.struct.field(pytree_node=False)
     plan: LayerPlan = flax.struct.field(pytree_node=False)
+    backend: str = flax.struct.field(pytree_node=False, default="xla")  # whose layout the weights have
 
     @property
     def nbytes(self) -> int:
@@ -58,7 +59,11 @@ class Model:
 
 
 def load_model(
-    source: str | os.PathLike[str] | GGUFFile, context_length: int | None = None, progress: Progress | None = None
+    source: str | os.PathLike[str] | GGUFFile,
+    context_length: int | None = None,
+    progress: Progress | None = None,
+    *,
+    backend: str = "xla",
 ) -> Model:
     """Loads a GGUF file, weights packed.
 
@@ -66,6 +71,7 @@ def load_model(
         source: a path, or an opened file, which stays open.
         context_length: tokens a request may hold; None means as trained, at most 4096.
         progress: called as weights are read.
+        backend: of the kernels that will read the weights, as resolve_backend names them.
 
     Raises:
         GGUFError, UnsupportedModelError, InvalidRequestError: see check_model.
@@ -73,10 +79,10 @@ def load_model(
     """
     if not isinstance(source, GGUFFile):
         with open_gguf(source) as file:
-            return load_model(file, context_length, progress)
+            return load_model(file, context_length, progress, backend=backend)
     config, specs = check_model(source, context_length)
     check_fits(config, sum(source.tensors[spec.name].nbytes for spec in specs))
-    reader = _Reader(source, specs, progress)
+    reader = _Reader(source, specs, progress, tiled=backend == "native")
     groups: dict[str, list[TensorSpec]] = {}
     layer_stacks: list[dict[str, str]] = [{} for _ in range(config.num_layers)]
     for spec in specs:
@@ -104,7 +110,7 @@ def load_model(
         rope=jax.device_put(rope),
     )
     jax.block_until_ready(params)
-    return Model(params=params, config=config, plan=plan_layers(layer_stacks))
+    return Model(params=params, config=config, plan=plan_layers(layer_stacks), backend=backend)
 
 
 def _rope_factors(config: ModelConfig, tables: dict[str, Any]) -> np.ndarray | None:
@@ -120,8 +126,9 @@ def _rope_factors(config: ModelConfig, tables: dict[str, Any]) -> np.ndarray | N
 class _Reader:
     """Packs tensors out of one file and reports how far it is."""
 
-    def __init__(self, file: GGUFFile, specs: Iterable[TensorSpec], progress: Progress | None):
+    def __init__(self, file: GGUFFile, specs: Iterable[TensorSpec], progress: Progress | None, *, tiled: bool):
         self._file = file
+        self._tiled = tiled
         self._progress = progress
         self._total = sum(file.tensors[s.name].nbytes for s in specs)
         self._done = 0
@@ -132,25 +139,23 @@ class _Reader:
         if self._progress is not None:
             self._progress("loading weights", self._done, self._total)
 
-    def _pack(self, spec: TensorSpec, out: dict[str, np.ndarray]) -> None:
-        with interrupt_deferred():  # JAX's hook into garbage collection would swallow a Ctrl-C
-            pack(self._file.data(spec.name), spec.shape, self._file.tensors[spec.name].type, out=out)
-
     def matrix(self, spec: TensorSpec) -> QuantizedTensor:
-        type = self._file.tensors[spec.name].type
-        arrays = {key: _aligned(shape, dtype) for key, (shape, dtype) in packed_spec(spec.shape, type).items()}
-        self._pack(spec, arrays)
-        self._finish(spec)
-        return QuantizedTensor(arrays=jax.device_put(arrays), format=format_of(type).name)
+        return self._read([spec], spec.shape)
 
     def stack(self, members: list[TensorSpec]) -> QuantizedTensor:
-        type = self._file.tensors[members[0].name].type
-        shape = (len(members), *members[0].shape)
-        arrays = {key: _aligned(s, dtype) for key, (s, dtype) in packed_spec(shape, type).items()}
+        return self._read(members, (len(members), *members[0].shape))
+
+    def _read(self, members: list[TensorSpec], shape: tuple[int, ...]) -> QuantizedTensor:
+        """Tensors of one type as a weight of this shape: a stack of them, or the only one."""
+        fmt = format_of(self._file.tensors[members[0].name].type)
+        tiled = self._tiled and not fmt.dense
+        arrays = {key: _aligned(s, d) for key, (s, d) in packed_spec(shape, fmt.name, tiled=tiled).items()}
         for i, spec in enumerate(members):
-            self._pack(spec, {key: a[i] for key, a in arrays.items()})
+            out = arrays if shape == spec.shape else {key: a[i] for key, a in arrays.items()}
+            with interrupt_deferred():  # JAX's hook into garbage collection would swallow a Ctrl-C
+                pack(self._file.data(spec.name), spec.shape, fmt.name, out=out, tiled=tiled)
             self._finish(spec)
-        return QuantizedTensor(arrays=jax.device_put(arrays), format=format_of(type).name)
+        return QuantizedTensor(arrays=jax.device_put(arrays), format=fmt.name, rows=shape[-2] if tiled else None)
 
     def vectors(self, members: list[TensorSpec]) -> np.ndarray:
         """float32 [members, ...]."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 
 from realm_jax.model.params import Params
+from realm_jax.quant import matmuls
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ class LayerWeights:
         stack, index = self.places[f"{name}.weight"]
         y = self.params.stacks[stack].matmul(x, layer=index, backend=self.backend)
         return y + self.vector(f"{name}.bias") if f"{name}.bias" in self.places else y
+
+    def linears(self, x: jax.Array, *names: str) -> list[jax.Array]:
+        """`linear` of several layers' weights that share x, in one call where the kernels have one."""
+        places = [self.places[f"{name}.weight"] for name in names]
+        ys = matmuls(x, [self.params.stacks[stack] for stack, _ in places], [i for _, i in places], self.backend)
+        return [y + self.vector(f"{n}.bias") if f"{n}.bias" in self.places else y for n, y in zip(names, ys)]
 
     def expert_linear(self, x: jax.Array, ids: jax.Array, name: str) -> jax.Array:
         """Row i of x [M, K] through expert ids[i] -> float32 [M, N], bias included where the layer has one."""

@@ -1,10 +1,12 @@
 """From a tensor's bytes in the file to the arrays the kernels read, in numpy, a few megabytes at a time."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from pallas_kernels.quant_matmul import native
 from pallas_kernels.quant_matmul.formats import FORMATS, Format
 from realm_jax.errors import GGUFError, UnsupportedModelError
 
@@ -21,28 +23,37 @@ def format_of(type: Any) -> Format:
     return FORMATS[name]
 
 
-def packed_spec(shape: tuple[int, ...], type: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def packed_spec(
+    shape: tuple[int, ...], type: Any, *, tiled: bool = False
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Name -> (shape, dtype) of the arrays of a tensor of logical ``shape`` [..., K], to allocate them before ``pack``.
 
-    Raises GGUFError when K is no multiple of the type's block.
+    tiled: in the layout of the native kernels, which a matrix [..., N, K] of a quantized type can have. Raises GGUFError
+    when K is no multiple of the type's block.
     """
+    fmt, shape = format_of(type), tuple(int(n) for n in shape)
     try:
-        return format_of(type).spec(tuple(int(n) for n in shape))
+        return native.tile_spec(shape, fmt) if tiled else fmt.spec(shape)
     except ValueError as e:
         raise GGUFError(str(e)) from e
 
 
 def pack(
-    data: np.ndarray, shape: tuple[int, ...], type: Any, out: dict[str, np.ndarray] | None = None
+    data: np.ndarray,
+    shape: tuple[int, ...],
+    type: Any,
+    out: dict[str, np.ndarray] | None = None,
+    *,
+    tiled: bool = False,
 ) -> dict[str, np.ndarray]:
     """The bytes of a tensor -> its packed arrays.
 
     data: uint8 [nbytes], may be a view of a memory map. shape: logical, outermost first. out: arrays (or views into a
-    preallocated stack) of packed_spec's shapes and dtypes, written in place and returned. Raises GGUFError when the
-    byte count does not match the shape, UnsupportedModelError for an unknown type.
+    preallocated stack) of packed_spec's shapes and dtypes, written in place and returned. tiled: as in packed_spec.
+    Raises GGUFError when the byte count does not match the shape, UnsupportedModelError for an unknown type.
     """
     fmt = format_of(type)
-    spec = packed_spec(shape, type)
+    spec = packed_spec(shape, type, tiled=tiled)
     size, unpack = BLOCKS[fmt.name]
     blocks = math.prod(shape) // fmt.block
     if data.dtype != np.uint8 or data.ndim != 1 or data.size != blocks * size:
@@ -57,16 +68,46 @@ def pack(
     rows = math.prod(shape[:-1])
     per_row = blocks // max(rows, 1)  # blocks in a row
     source = data.reshape(rows, per_row * size)
-    flat = {name: _rows_view(a, rows) for name, a in out.items()}
+
+    def packed(first: int, last: int) -> dict[str, np.ndarray]:
+        """Rows first..last-1, each array [rows, width]."""
+        planes = {}
+        for name, values in unpack(source[first:last].reshape(-1, size)).items():
+            values = values.reshape(last - first, -1)
+            if name in ("codes", "high") and values.dtype != np.int8:  # words, which the packers make as bytes
+                values = np.ascontiguousarray(values).view(np.uint32)
+            planes[name] = values
+        return planes
+
     step = max(1, CHUNK_BYTES // max(1, per_row * size))
+    if tiled:
+        _pack_tiles(out["tiles"], rows, shape, fmt, packed, -(-step // native.ROWS) * native.ROWS)
+        return out
+    flat = {name: _rows_view(a, rows) for name, a in out.items()}
     for at in range(0, rows, step):
-        part = source[at : at + step]
-        for name, values in unpack(part.reshape(-1, size)).items():
-            target = flat[name][at : at + step]
-            if target.dtype == np.uint32:  # a plane of codes, which the packers make as bytes
-                target = target.view(np.uint8)
-            target[...] = values.reshape(part.shape[0], -1)
+        for name, values in packed(at, min(at + step, rows)).items():
+            flat[name][at : at + step] = values
     return out
+
+
+def _pack_tiles(
+    out: np.ndarray,
+    rows: int,
+    shape: tuple[int, ...],
+    fmt: Format,
+    packed: Callable[[int, int], dict[str, np.ndarray]],
+    step: int,
+) -> None:
+    """Every matrix of [..., N, K] into its tiles, step rows at a time."""
+    n = shape[-2]
+    matrices = out.reshape(-1, *out.shape[-2:])
+    if not np.shares_memory(matrices, out):
+        raise ValueError("out arrays must be contiguous in their leading axes")
+    for i in range(rows // n):
+        for at in range(0, n, step):
+            end = min(at + step, n)
+            into = matrices[i, at // native.ROWS : -(-end // native.ROWS)]
+            native.tile(packed(i * n + at, i * n + end), fmt, into)
 
 
 def _rows_view(a: np.ndarray, rows: int) -> np.ndarray:
