@@ -1,7 +1,7 @@
 """Block sizes of the Pallas kernels: data, per device and size of head.
 
-The numbers for GPUs come from what fits: shared memory and registers of a Triton build for sm80, sm89 and sm90
-(scripts/bench_kernels times them). Blocks of keys divide ``case.KEY_BLOCK`` or are multiples of it.
+The numbers for GPUs come from compiling the kernels with Triton for sm80 and sm90: shared memory that fits, tensor-core
+instructions used (wgmma on sm90), few or no registers spilled. They have not been timed yet. Those for TPUs are a guess. Blocks of keys divide ``case.KEY_BLOCK`` or are multiples of it.
 """
 
 from dataclasses import dataclass
@@ -30,25 +30,25 @@ class TpuBlocks:
     backward_keys: int
 
 
-# By compute capability (the first one not above the card's), then by the larger head size (the first one not below).
-_GPU: dict[str, dict[int, dict[int, GpuBlocks]]] = {
-    "forward": {
-        90: {64: GpuBlocks(128, 128, 4, 3), 128: GpuBlocks(128, 128, 8, 2), 256: GpuBlocks(128, 64, 8, 2)},
-        86: {64: GpuBlocks(128, 64, 4, 3), 128: GpuBlocks(128, 32, 4, 2), 256: GpuBlocks(64, 32, 4, 2)},
-        80: {64: GpuBlocks(128, 64, 4, 3), 128: GpuBlocks(128, 64, 4, 3), 256: GpuBlocks(128, 32, 8, 2)},
-    },
-    "dq": {
-        90: {64: GpuBlocks(128, 64, 4, 3), 128: GpuBlocks(128, 64, 8, 2), 256: GpuBlocks(64, 32, 4, 2)},
-        80: {64: GpuBlocks(128, 32, 4, 3), 128: GpuBlocks(64, 32, 4, 2), 256: GpuBlocks(64, 16, 4, 1)},
-    },
-    "dkv": {
-        90: {64: GpuBlocks(64, 128, 4, 3), 128: GpuBlocks(64, 128, 8, 2), 256: GpuBlocks(32, 64, 4, 2)},
-        80: {64: GpuBlocks(32, 128, 4, 3), 128: GpuBlocks(32, 64, 4, 2), 256: GpuBlocks(16, 64, 4, 1)},
-    },
+_HALF_90 = {
+    "forward": {64: GpuBlocks(128, 64, 4, 3), 128: GpuBlocks(128, 128, 8, 2), 256: GpuBlocks(128, 64, 8, 2)},
+    "dq": {64: GpuBlocks(128, 64, 8, 3), 128: GpuBlocks(128, 64, 8, 3), 256: GpuBlocks(128, 32, 8, 2)},
+    "dkv": {64: GpuBlocks(64, 128, 8, 3), 128: GpuBlocks(64, 128, 8, 2), 256: GpuBlocks(32, 64, 8, 2)},
 }
-# float32 products are three TF32 products: half the rows fit.
-_GPU_FLOAT32 = {
-    "forward": {64: GpuBlocks(64, 32, 4, 2), 128: GpuBlocks(64, 32, 4, 2), 256: GpuBlocks(32, 16, 4, 1)},
+_HALF_80 = {
+    "forward": {64: GpuBlocks(128, 64, 4, 3), 128: GpuBlocks(128, 64, 8, 3), 256: GpuBlocks(128, 32, 8, 2)},
+    "dq": {64: GpuBlocks(128, 32, 4, 3), 128: GpuBlocks(64, 32, 4, 2), 256: GpuBlocks(64, 32, 8, 1)},
+    "dkv": {64: GpuBlocks(64, 64, 4, 2), 128: GpuBlocks(32, 64, 4, 2), 256: GpuBlocks(32, 64, 8, 1)},
+}
+_HALF_SMALL = {  # cards with 100 KB of shared memory
+    "forward": {64: GpuBlocks(128, 64, 4, 3), 128: GpuBlocks(128, 32, 4, 3), 256: GpuBlocks(64, 32, 4, 2)},
+    "dq": {64: GpuBlocks(128, 32, 4, 3), 128: GpuBlocks(64, 32, 4, 2), 256: GpuBlocks(64, 16, 4, 1)},
+    "dkv": {64: GpuBlocks(64, 64, 4, 2), 128: GpuBlocks(32, 64, 4, 2), 256: GpuBlocks(16, 64, 4, 1)},
+}
+# By compute capability: the first one not above the card's. Then by kernel and the larger head size: the first not below.
+_HALF = {120: _HALF_SMALL, 90: _HALF_90, 86: _HALF_SMALL, 80: _HALF_80}
+_FLOAT32 = {  # products are three TF32 products of twice the bytes, on every card
+    "forward": {64: GpuBlocks(64, 32, 4, 2), 128: GpuBlocks(64, 32, 4, 1), 256: GpuBlocks(32, 16, 4, 1)},
     "dq": {64: GpuBlocks(32, 32, 4, 1), 128: GpuBlocks(32, 32, 4, 1), 256: GpuBlocks(16, 16, 4, 1)},
     "dkv": {64: GpuBlocks(32, 32, 4, 1), 128: GpuBlocks(32, 32, 4, 1), 256: GpuBlocks(16, 16, 4, 1)},
 }
@@ -59,9 +59,8 @@ MIN_CAPABILITY = 80
 
 def gpu_blocks(kernel: str, head: int, float32: bool, capability: int) -> GpuBlocks:
     """For ``kernel`` (forward, dq, dkv), the larger head size of keys and values, and 10 * major + minor capability."""
-    if float32:
-        return _at_least(_GPU_FLOAT32[kernel], head)
-    return _at_least(_GPU[kernel][max(c for c in _GPU[kernel] if c <= capability)], head)
+    table = _FLOAT32 if float32 else _HALF[max(known for known in _HALF if known <= capability)]
+    return _at_least(table[kernel], head)
 
 
 def tpu_blocks(head: int) -> TpuBlocks:
