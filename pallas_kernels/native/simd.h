@@ -72,13 +72,12 @@ REALM_INLINE U8 spread(const uint8_t* p) {
   __m512i t = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return {_mm512_shuffle_epi8(t, _mm512_set4_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0x00000000))};
 }
-// acc + the dot product, row by row, of four codes and the four activations at x.
-template <bool WIDE> REALM_INLINE I32 dot(I32 acc, U8 codes, const int8_t* x) {
-  int32_t four;
-  memcpy(&four, x, 4);
-  return {_mm512_dpbusd_epi32(acc.v, codes.v, _mm512_set1_epi32(four))};
+// acc + the dot product, row by row, of four codes and the four int8 activations that *x holds. WIDE codes, up to 255,
+// stand for code - 128; kSigned tells whether dot has subtracted the 128 itself.
+constexpr bool kSigned = false;
+template <bool WIDE> REALM_INLINE I32 dot(I32 acc, U8 codes, const int32_t* x) {
+  return {_mm512_dpbusd_epi32(acc.v, codes.v, _mm512_set1_epi32(*x))};
 }
-REALM_INLINE I32 start(const int32_t* init, bool) { return set(*init); }
 
 #elif defined(REALM_ISA_AVX2)
 
@@ -141,12 +140,11 @@ REALM_INLINE U8 spread(const uint8_t* p) {
   __m256i order = _mm256_broadcastsi128_si256(_mm_set_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0));
   return {_mm256_shuffle_epi8(v.a, order), _mm256_shuffle_epi8(v.b, order)};
 }
-// Pairs of products are summed in 16 bits, which codes up to 127 cannot overflow. WIDE codes (to 255, standing for
-// code - 128) are made signed first, and their sign moved to the activation, which is never -128.
-template <bool WIDE> REALM_INLINE I32 dot(I32 acc, U8 codes, const int8_t* x) {
-  int32_t four;
-  memcpy(&four, x, 4);
-  __m256i xs = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
+// Pairs of products are summed in 16 bits, which codes up to 127 cannot overflow. WIDE codes are made signed first, and
+// their sign moved to the activation, which is never -128.
+constexpr bool kSigned = true;
+template <bool WIDE> REALM_INLINE I32 dot(I32 acc, U8 codes, const int32_t* x) {
+  __m256i xs = _mm256_set1_epi32(*x), ones = _mm256_set1_epi16(1);
   __m256i a, b;
   if (WIDE) {
     __m256i flip = _mm256_set1_epi8(-128), wa = _mm256_xor_si256(codes.a, flip), wb = _mm256_xor_si256(codes.b, flip);
@@ -158,7 +156,6 @@ template <bool WIDE> REALM_INLINE I32 dot(I32 acc, U8 codes, const int8_t* x) {
   }
   return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(a, ones)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(b, ones))};
 }
-REALM_INLINE I32 start(const int32_t* init, bool wide) { return wide ? set(int32_t{0}) : set(*init); }
 
 #else  // plain
 
@@ -219,7 +216,10 @@ template <int N> REALM_INLINE U8 bits_right(U8 x) { REALM_EACH(64, U8, static_ca
 template <int N> REALM_INLINE U8 bits_left(U8 x) { REALM_EACH(64, U8, static_cast<uint8_t>(x.v[i] << N)) }
 REALM_INLINE U8 lookup(const uint8_t* table, U8 x) { REALM_EACH(64, U8, table[x.v[i] & 15]) }
 REALM_INLINE U8 spread(const uint8_t* p) { REALM_EACH(64, U8, p[i / 4]) }
-template <bool WIDE> REALM_INLINE I32 dot(I32 acc, U8 codes, const int8_t* x) {
+constexpr bool kSigned = false;
+template <bool WIDE> REALM_INLINE I32 dot(I32 acc, U8 codes, const int32_t* four) {
+  int8_t x[4];
+  memcpy(x, four, 4);
   for (int r = 0; r < 16; ++r) {
     int32_t sum = 0;
     for (int j = 0; j < 4; ++j) sum += codes.v[4 * r + j] * x[j];
@@ -227,10 +227,16 @@ template <bool WIDE> REALM_INLINE I32 dot(I32 acc, U8 codes, const int8_t* x) {
   }
   return acc;
 }
-REALM_INLINE I32 start(const int32_t* init, bool) { return set(*init); }
 #undef REALM_EACH
 
 #endif
+
+// The float whose bits are x, in every lane.
+REALM_INLINE F32 set_bits(int32_t x) {
+  float f;
+  memcpy(&f, &x, 4);
+  return set(f);
+}
 
 }  // namespace REALM_ISA
 }  // namespace realm

@@ -7,7 +7,6 @@ weight only (native/kernels_isa.cc says how it is summed). NMSE from the float32
 
 import ctypes
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -75,32 +74,18 @@ def tile(
     if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
         raise ValueError(f"out is {out.dtype}{out.shape}, expected contiguous {dtype}{shape}")
     planes = {name: np.ascontiguousarray(a) for name, a in rows.items()}
-
-    def part(first: int, last: int) -> None:
-        def pointer(name: str) -> ctypes.c_void_p:
-            return ctypes.c_void_p(planes[name][first:].ctypes.data if name in planes else None)
-
-        library().realm_quant_tile(
-            _numbers()[fmt.name],
-            ctypes.c_int64(last - first),
-            ctypes.c_int64(k),
-            *(pointer(name) for name in ("codes", "high", "scales", "mins", "super", "super_mins")),
-            ctypes.c_void_p(out[first // ROWS :].ctypes.data),
-        )
-
-    step = -(-n // (threads * ROWS)) * ROWS
-    if threads == 1 or step >= n:
-        part(0, n)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda first: part(first, min(first + step, n)), range(0, n, step)))
+    names = ("codes", "high", "scales", "mins", "super", "super_mins")
+    pointers = [ctypes.c_void_p(planes[name].ctypes.data if name in planes else None) for name in names]
+    size = (ctypes.c_int64(n), ctypes.c_int64(k))
+    library().realm_quant_tile(_numbers()[fmt.name], *size, *pointers, ctypes.c_void_p(out.ctypes.data))
     return {"tiles": out}
 
 
 def matmul(x: jax.Array, weights: Sequence[Weight], lead: tuple[Any, ...]) -> list[jax.Array]:
-    """x [M, K] float32 times each weight ``lead`` (nothing, or a layer per weight) of a stack -> [M, N] float32 each."""
+    """x [M, K] float32 times each weight of ``lead`` (nothing, or a layer each) -> [M, N] float32 each."""
     outs = [jax.ShapeDtypeStruct((x.shape[0], n), jnp.float32) for _, _, n in weights]
-    args = [a for i, (arrays, _, _) in enumerate(weights) for a in (_index(lead[i] if lead else None), arrays["tiles"])]
+    places = lead or (None,) * len(weights)
+    args = [a for (arrays, _, _), place in zip(weights, places) for a in (_index(place), arrays["tiles"])]
     formats = np.array([_numbers()[fmt.name] for _, fmt, _ in weights], np.int64)
     return list(_call("realm_quant_matmul", outs)(x, *args, formats=formats, isa=np.int64(isa())))
 

@@ -80,7 +80,7 @@ class QuantizedTensor:
 def matmuls(
     x: jax.Array, tensors: Sequence[QuantizedTensor], layers: Sequence[Any], backend: str = "auto"
 ) -> list[jax.Array]:
-    """x [..., K] times a layer of each of several stacks that share it -> float32 [..., N] each, in one call if possible."""
+    """x [..., K] times a layer of each of several stacks -> float32 [..., N] each, in one call where there is one."""
     if any(FORMATS[t.format].dense for t in tensors):
         return [t.matmul(x, layer, backend) for t, layer in zip(tensors, layers)]
     try:

@@ -103,7 +103,5 @@ inline constexpr const Format* kFormats[] = {
 #undef X
 };
 inline constexpr int kNumFormats = sizeof(kFormats) / sizeof(kFormats[0]);
-// Every distinct bias of an unsigned code; activations carry -bias times their sums for each.
-inline constexpr int kBiases[] = {0, 1, 4, 8, 9, 16, 32, 128};
 
 }  // namespace realm

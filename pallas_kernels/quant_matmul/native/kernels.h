@@ -7,12 +7,16 @@
 
 namespace realm {
 
-// One quantized row of activations. K is a multiple of 32.
-struct Row {
-  const int8_t* codes;     // [K]
-  const float* scales;     // [K/32]
-  const float* sums;       // [K/16] scale times the sum of 16 codes
-  const int32_t* init;     // [K/16] minus bias times the sum of 16 codes, for the bias of the weight at hand
+constexpr int kPanel = 8;  // most rows of activations that a kernel takes at once
+
+// Quantized activations of 1 to kPanel rows, side by side as a kernel reads them.
+struct Panel {
+  int rows;
+  const int32_t* codes;  // [K/4][rows] four int8 codes each
+  const float* scales;   // [K/32][rows]
+  // For weights with offsets float [K/32][rows], the scale times the sum of the codes; for others int32, minus the
+  // weight's bias times that sum. [K/16][rows] when the weight's groups are of 16.
+  const int32_t* extra;
 };
 
 // A weight's tile made ready: unsigned codes [K/4][16][4], and [K/16] (groups of 16) or [K/32] times [16] scales, offsets.
@@ -22,14 +26,17 @@ struct Ready {
   float* offsets;
 };
 
+using Direct = void (*)(const uint8_t* tile, int64_t k, const Panel& panel, float* const* out);
+
 struct Kernels {
-  // x [K] float32 -> codes, scales, sums; sums16 int32 [K/16] of the codes. A row that holds NaN or infinity gives NaN.
-  void (*quantize)(const float* x, int64_t k, int8_t* codes, float* scales, float* sums, int32_t* sums16);
-  // One row times one tile: out [16].
-  void (*vector[kNumFormats])(const uint8_t* tile, int64_t k, const Row& row, float* out);
+  // x [K] float32 -> codes [K], scales [K/32], and the sums of each 16 codes. A group that holds NaN or infinity gets a
+  // scale of NaN.
+  void (*quantize)(const float* x, int64_t k, int8_t* codes, float* scales, int32_t* sums16);
+  // A panel of 1, 2, 4 or 8 rows times one tile: row i's 16 results to out[i]. Null where there is no such kernel.
+  Direct direct[4][kNumFormats];
   void (*ready[kNumFormats])(const uint8_t* tile, int64_t k, const Ready& out);
-  // m rows times a tile made ready: row i's 16 results to out[i].
-  void (*matrix)(const Format& format, const Ready& tile, int64_t k, const Row* rows, int64_t m, float* const* out);
+  // Panels times a tile made ready, the rows of all panels numbered through.
+  void (*matrix)(const Format& format, const Ready& tile, int64_t k, const Panel* panels, int64_t count, float* const* out);
 };
 
 namespace plain { extern const Kernels kernels; }

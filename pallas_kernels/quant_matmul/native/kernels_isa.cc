@@ -3,7 +3,7 @@
 // One numerics class: an output is, over the groups of 32 columns in order,
 //   y = fma(float(exact integer sum of code * activation code), weight scale * activation scale, y)
 //   y = fma(offset, activation scale * sum of activation codes, y)          for formats with offsets
-// (for weight groups of 16, the two halves' sums are joined first), whether computed by `vector` or by `matrix`, for one
+// (for weight groups of 16, the two halves' sums are joined first), whether computed by `direct` or by `matrix`, for one
 // row or for many. Integer sums are exact in any order.
 
 #include "kernels.h"
@@ -12,13 +12,6 @@
 namespace realm {
 namespace REALM_ISA {
 namespace {
-
-constexpr int kMatrixRows =
-#if defined(REALM_ISA_AVX512)
-    8;
-#else
-    4;
-#endif
 
 // ---- one block of a tile ----
 
@@ -142,57 +135,75 @@ REALM_INLINE U8 codes(const uint8_t* block, const uint8_t* p, int part) {
   }
 }
 
-// ---- one row ----
+// ---- a panel times a tile as it lies in memory ----
 
-template <const Format& F, int Q, int End>
-REALM_INLINE void dots(const uint8_t* block, const uint8_t* p, int part, const int8_t* x, I32& a, I32& b) {
-  if constexpr (Q < End) {  // two sums, so that a dot does not wait for the one before it
-    a = dot<F.wide()>(a, codes<F, Q>(block, p, part), x + 4 * Q);
-    b = dot<F.wide()>(b, codes<F, Q + 1>(block, p, part), x + 4 * Q + 4);
-    dots<F, Q + 2, End>(block, p, part, x, a, b);
+// The sums of columns 4Q .. 4End-1 of 32, for M rows; x: the panel's codes of these 32 columns.
+template <const Format& F, int M, int Q, int End>
+REALM_INLINE void dots(const uint8_t* block, const uint8_t* p, int part, const int32_t* x, I32* sum, I32* other) {
+  if constexpr (Q < End) {
+    U8 c = codes<F, Q>(block, p, part);
+    // Few rows: two sums each, so that a dot does not wait for the one before it.
+    I32* into = M <= 2 && Q % 2 ? other : sum;
+    for (int i = 0; i < M; ++i) into[i] = dot<F.wide()>(into[i], c, x + Q * M + i);
+    dots<F, M, Q + 1, End>(block, p, part, x, sum, other);
   }
 }
 
-template <const Format& F>
-void vector(const uint8_t* tile, int64_t k, const Row& row, float* out) {
-  constexpr bool halves = F.group < kGroup;
+template <bool MINS, bool WIDE>
+REALM_INLINE I32 start(const int32_t* extra) {
+  if constexpr (MINS || (WIDE && kSigned)) return set(int32_t{0});
+  return set(*extra);
+}
+
+template <const Format& F, int M>
+[[maybe_unused]] void direct(const uint8_t* tile, int64_t k, const Panel& panel, float* const* out) {
+  constexpr bool halves = F.group < kGroup, two = M <= 2;
   constexpr int per_block = F.block / kGroup;
   constexpr int skip = F.super_bytes() + F.scale_bytes();
-  F32 y = set(0.0f);
-  int64_t g = 0;
+  const int32_t *x = panel.codes, *extra = panel.extra;
+  const float* scales = panel.scales;
+  F32 y[M];
+  for (int i = 0; i < M; ++i) y[i] = set(0.0f);
   for (int64_t at = 0; at < k; at += F.block, tile += F.bytes()) {
     Parts<F> block;
     parts<F>(tile, block);
     const uint8_t* p = tile + skip;
-    for (int j = 0; j < per_block; ++j, ++g, p += F.code_bytes()) {
-      __builtin_prefetch(p + 2048);
-      __builtin_prefetch(p + 2048 + 64);
-      if constexpr (F.code_bytes() > 128) {
-        __builtin_prefetch(p + 2048 + 128);
-        __builtin_prefetch(p + 2048 + 192);
+    for (int j = 0; j < per_block; ++j, p += F.code_bytes(), x += 8 * M, scales += M) {
+      for (int line = 0; line < F.code_bytes(); line += 64) __builtin_prefetch(p + 2048 + line);
+      I32 a[M], b[M];
+      for (int i = 0; i < M; ++i) {
+        a[i] = start<F.mins, F.wide()>(extra + i);
+        if constexpr (two) b[i] = set(int32_t{0});
       }
-      const int8_t* x = row.codes + g * kGroup;
-      I32 a = start(row.init + 2 * g, F.wide()), b = set(int32_t{0});
       if constexpr (halves) {
-        I32 c = start(row.init + 2 * g + 1, F.wide()), d = set(int32_t{0});
-        dots<F, 0, 4>(tile, p, j, x, a, b);
-        dots<F, 4, 8>(tile, p, j, x, c, d);
-        F32 both = fma(to_float(c + d), block.scale[2 * j + 1], to_float(a + b) * block.scale[2 * j]);
-        y = fma(both, set(row.scales[g]), y);
-        if constexpr (F.mins) {
-          y = fma(block.offset[2 * j], set(row.sums[2 * g]), y);
-          y = fma(block.offset[2 * j + 1], set(row.sums[2 * g + 1]), y);
+        F32 first[M];
+        dots<F, M, 0, 4>(tile, p, j, x, a, b);
+        for (int i = 0; i < M; ++i) {
+          first[i] = to_float(two ? a[i] + b[i] : a[i]) * block.scale[2 * j];
+          a[i] = start<F.mins, F.wide()>(extra + M + i);
+          if constexpr (two) b[i] = set(int32_t{0});
         }
+        dots<F, M, 4, 8>(tile, p, j, x, a, b);
+        for (int i = 0; i < M; ++i) {
+          F32 both = fma(to_float(two ? a[i] + b[i] : a[i]), block.scale[2 * j + 1], first[i]);
+          y[i] = fma(both, set(scales[i]), y[i]);
+          if constexpr (F.mins) {
+            y[i] = fma(block.offset[2 * j], set_bits(extra[i]), y[i]);
+            y[i] = fma(block.offset[2 * j + 1], set_bits(extra[M + i]), y[i]);
+          }
+        }
+        extra += 2 * M;
       } else {
-        I32 c = start(row.init + 2 * g + 1, F.wide());
-        a = a + c;
-        dots<F, 0, 8>(tile, p, j, x, a, b);
-        y = fma(to_float(a + b), block.scale[j] * set(row.scales[g]), y);
-        if constexpr (F.mins) y = fma(block.offset[j], set(row.sums[2 * g] + row.sums[2 * g + 1]), y);
+        dots<F, M, 0, 8>(tile, p, j, x, a, b);
+        for (int i = 0; i < M; ++i) {
+          y[i] = fma(to_float(two ? a[i] + b[i] : a[i]), block.scale[j] * set(scales[i]), y[i]);
+          if constexpr (F.mins) y[i] = fma(block.offset[j], set_bits(extra[i]), y[i]);
+        }
+        extra += M;
       }
     }
   }
-  store(out, y);
+  for (int i = 0; i < M; ++i) store(out[i], y[i]);
 }
 
 // ---- a tile made ready, and many rows ----
@@ -227,84 +238,86 @@ void ready(const uint8_t* tile, int64_t k, const Ready& out) {
 }
 
 template <int M, bool HALVES, bool MINS, bool WIDE>
-void block_of_rows(const Ready& tile, int64_t k, const Row* rows, float* const* out) {
+void rows(const Ready& tile, int64_t k, const Panel& panel, float* const* out) {
+  const uint8_t* codes = tile.codes;
+  const float *scales = tile.scales, *offsets = tile.offsets, *x_scales = panel.scales;
+  const int32_t *x = panel.codes, *extra = panel.extra;
   F32 y[M];
   for (int i = 0; i < M; ++i) y[i] = set(0.0f);
-  const uint8_t* codes = tile.codes;
-  const float *scales = tile.scales, *offsets = tile.offsets;
-  for (int64_t g = 0; g < k / kGroup; ++g, codes += 512) {
+  for (int64_t g = 0; g < k / kGroup; ++g, codes += 512, x += 8 * M, x_scales += M) {
     I32 a[M];
+    for (int i = 0; i < M; ++i) a[i] = start<MINS, WIDE>(extra + i);
     if constexpr (HALVES) {
       F32 first[M];
       F32 s = load(scales), t = load(scales + 16);
-      for (int i = 0; i < M; ++i) a[i] = start(rows[i].init + 2 * g, WIDE);
       for (int q = 0; q < 4; ++q) {
-        U8 w = load(codes + 64 * q);
-        for (int i = 0; i < M; ++i) a[i] = dot<WIDE>(a[i], w, rows[i].codes + g * kGroup + 4 * q);
+        U8 c = load(codes + 64 * q);
+        for (int i = 0; i < M; ++i) a[i] = dot<WIDE>(a[i], c, x + q * M + i);
       }
       for (int i = 0; i < M; ++i) {
         first[i] = to_float(a[i]) * s;
-        a[i] = start(rows[i].init + 2 * g + 1, WIDE);
+        a[i] = start<MINS, WIDE>(extra + M + i);
       }
       for (int q = 4; q < 8; ++q) {
-        U8 w = load(codes + 64 * q);
-        for (int i = 0; i < M; ++i) a[i] = dot<WIDE>(a[i], w, rows[i].codes + g * kGroup + 4 * q);
+        U8 c = load(codes + 64 * q);
+        for (int i = 0; i < M; ++i) a[i] = dot<WIDE>(a[i], c, x + q * M + i);
       }
-      for (int i = 0; i < M; ++i) y[i] = fma(fma(to_float(a[i]), t, first[i]), set(rows[i].scales[g]), y[i]);
+      for (int i = 0; i < M; ++i) y[i] = fma(fma(to_float(a[i]), t, first[i]), set(x_scales[i]), y[i]);
       if constexpr (MINS) {
         F32 o = load(offsets), r = load(offsets + 16);
         for (int i = 0; i < M; ++i) {
-          y[i] = fma(o, set(rows[i].sums[2 * g]), y[i]);
-          y[i] = fma(r, set(rows[i].sums[2 * g + 1]), y[i]);
+          y[i] = fma(o, set_bits(extra[i]), y[i]);
+          y[i] = fma(r, set_bits(extra[M + i]), y[i]);
         }
         offsets += 32;
       }
       scales += 32;
+      extra += 2 * M;
     } else {
       F32 s = load(scales);
-      for (int i = 0; i < M; ++i) a[i] = start(rows[i].init + 2 * g, WIDE) + start(rows[i].init + 2 * g + 1, WIDE);
       for (int q = 0; q < 8; ++q) {
-        U8 w = load(codes + 64 * q);
-        for (int i = 0; i < M; ++i) a[i] = dot<WIDE>(a[i], w, rows[i].codes + g * kGroup + 4 * q);
+        U8 c = load(codes + 64 * q);
+        for (int i = 0; i < M; ++i) a[i] = dot<WIDE>(a[i], c, x + q * M + i);
       }
-      for (int i = 0; i < M; ++i) y[i] = fma(to_float(a[i]), s * set(rows[i].scales[g]), y[i]);
+      for (int i = 0; i < M; ++i) y[i] = fma(to_float(a[i]), s * set(x_scales[i]), y[i]);
       if constexpr (MINS) {
         F32 o = load(offsets);
-        for (int i = 0; i < M; ++i) y[i] = fma(o, set(rows[i].sums[2 * g] + rows[i].sums[2 * g + 1]), y[i]);
+        for (int i = 0; i < M; ++i) y[i] = fma(o, set_bits(extra[i]), y[i]);
         offsets += 16;
       }
       scales += 16;
+      extra += M;
     }
   }
   for (int i = 0; i < M; ++i) store(out[i], y[i]);
 }
 
 template <bool HALVES, bool MINS, bool WIDE>
-void all_rows(const Ready& tile, int64_t k, const Row* rows, int64_t m, float* const* out) {
-  for (; m >= kMatrixRows; m -= kMatrixRows, rows += kMatrixRows, out += kMatrixRows) {
-    block_of_rows<kMatrixRows, HALVES, MINS, WIDE>(tile, k, rows, out);
-  }
-  switch (m) {
-    case 7: return block_of_rows<kMatrixRows < 7 ? 1 : 7, HALVES, MINS, WIDE>(tile, k, rows, out);
-    case 6: return block_of_rows<kMatrixRows < 6 ? 1 : 6, HALVES, MINS, WIDE>(tile, k, rows, out);
-    case 5: return block_of_rows<kMatrixRows < 5 ? 1 : 5, HALVES, MINS, WIDE>(tile, k, rows, out);
-    case 4: return block_of_rows<4, HALVES, MINS, WIDE>(tile, k, rows, out);
-    case 3: return block_of_rows<3, HALVES, MINS, WIDE>(tile, k, rows, out);
-    case 2: return block_of_rows<2, HALVES, MINS, WIDE>(tile, k, rows, out);
-    case 1: return block_of_rows<1, HALVES, MINS, WIDE>(tile, k, rows, out);
+void panels(const Ready& tile, int64_t k, const Panel* panel, int64_t count, float* const* out) {
+  for (; count > 0; --count, out += panel->rows, ++panel) {
+    switch (panel->rows) {
+      case 8: rows<8, HALVES, MINS, WIDE>(tile, k, *panel, out); break;
+      case 7: rows<7, HALVES, MINS, WIDE>(tile, k, *panel, out); break;
+      case 6: rows<6, HALVES, MINS, WIDE>(tile, k, *panel, out); break;
+      case 5: rows<5, HALVES, MINS, WIDE>(tile, k, *panel, out); break;
+      case 4: rows<4, HALVES, MINS, WIDE>(tile, k, *panel, out); break;
+      case 3: rows<3, HALVES, MINS, WIDE>(tile, k, *panel, out); break;
+      case 2: rows<2, HALVES, MINS, WIDE>(tile, k, *panel, out); break;
+      case 1: rows<1, HALVES, MINS, WIDE>(tile, k, *panel, out); break;
+    }
   }
 }
 
-void matrix(const Format& f, const Ready& tile, int64_t k, const Row* rows, int64_t m, float* const* out) {
+void matrix(const Format& f, const Ready& tile, int64_t k, const Panel* panel, int64_t count, float* const* out) {
   const bool halves = f.group < kGroup;
-  if (f.mins) return halves ? all_rows<true, true, false>(tile, k, rows, m, out) : all_rows<false, true, false>(tile, k, rows, m, out);
-  if (f.wide()) return halves ? all_rows<true, false, true>(tile, k, rows, m, out) : all_rows<false, false, true>(tile, k, rows, m, out);
-  return halves ? all_rows<true, false, false>(tile, k, rows, m, out) : all_rows<false, false, false>(tile, k, rows, m, out);
+  if (f.mins) return halves ? panels<true, true, false>(tile, k, panel, count, out) : panels<false, true, false>(tile, k, panel, count, out);
+  if (f.wide()) return halves ? panels<true, false, true>(tile, k, panel, count, out) : panels<false, false, true>(tile, k, panel, count, out);
+  return halves ? panels<true, false, false>(tile, k, panel, count, out) : panels<false, false, false>(tile, k, panel, count, out);
 }
 
 // ---- activations ----
 
-void quantize(const float* x, int64_t k, int8_t* codes, float* scales, float* sums, int32_t* sums16) {
+void quantize(const float* x, int64_t k, int8_t* codes, float* scales, int32_t* sums16) {
   for (int64_t g = 0; g < k / kGroup; ++g, x += kGroup, codes += kGroup) {
     int32_t top = 0;  // the bits of a magnitude are ordered as it is, infinity and NaN above all
     for (int i = 0; i < kGroup; ++i) {
@@ -337,10 +350,8 @@ void quantize(const float* x, int64_t k, int8_t* codes, float* scales, float* su
       memcpy(&scale, &nan, 4);
     }
     scales[g] = scale;
-    for (int h = 0; h < 2; ++h) {
-      sums16[2 * g + h] = sum[h];
-      sums[2 * g + h] = scale * static_cast<float>(sum[h]);
-    }
+    sums16[2 * g] = sum[0];
+    sums16[2 * g + 1] = sum[1];
   }
 }
 
@@ -348,11 +359,24 @@ void quantize(const float* x, int64_t k, int8_t* codes, float* scales, float* su
 
 const Kernels kernels = {
     quantize,
+#if defined(REALM_ISA_PLAIN)
+    {},  // without vectors nothing is saved, and every instance takes seconds to compile
+#else
     {
-#define X(NAME, ...) vector<k##NAME>,
-        REALM_FORMATS(X)
+#define X(NAME, ...) direct<k##NAME, 1>,
+        {REALM_FORMATS(X)},
+#undef X
+#define X(NAME, ...) direct<k##NAME, 2>,
+        {REALM_FORMATS(X)},
+#undef X
+#define X(NAME, ...) direct<k##NAME, 4>,
+        {REALM_FORMATS(X)},
+#undef X
+#define X(NAME, ...) direct<k##NAME, 8>,
+        {REALM_FORMATS(X)},
 #undef X
     },
+#endif
     {
 #define X(NAME, ...) ready<k##NAME>,
         REALM_FORMATS(X)

@@ -54,94 +54,135 @@ ffi::Error read(const ffi::AnyBuffer& tiles, int64_t index, int64_t number, int6
   return ffi::Error::Success();
 }
 
-int bias_number(int bias) {
-  return static_cast<int>(std::find(std::begin(kBiases), std::end(kBiases), bias) - std::begin(kBiases));
-}
+// What a panel's `extra` holds for a weight.
+struct Kind {
+  int bias;
+  bool mins, halves;
 
-// Quantized activations of a call.
+  explicit Kind(const Format& f) : bias(f.mins ? 0 : f.bias), mins(f.mins), halves(f.group < kGroup) {}
+  bool operator==(const Kind& o) const { return bias == o.bias && mins == o.mins && halves == o.halves; }
+};
+
+// The quantized activations of a call, in panels of rows. order: which row of x is which of theirs, or null for 0, 1, ...;
+// a panel never reaches over one of `cuts`, ascending, the first 0 and the last m.
 class Activations {
  public:
-  // biases: of all weights x meets, as numbers in kBiases.
-  Activations(const float* x, int64_t m, int64_t k, const std::vector<int>& biases) : x_(x), m_(m), k_(k) {
-    const int64_t g16 = k / 16;
-    size_t bytes = Carver::bytes<int8_t>(m * k) + Carver::bytes<float>(m * k / kGroup) + Carver::bytes<float>(m * g16) +
-                   Carver::bytes<int32_t>(m * g16) * (1 + biases.size()) + Carver::bytes<Row>(m) * biases.size();
+  Activations(const float* x, int64_t k, const int64_t* order, const std::vector<int64_t>& cuts, const std::vector<Kind>& kinds)
+      : x_(x), k_(k), order_(order) {
+    for (size_t c = 0; c + 1 < cuts.size(); ++c) {
+      first_panel.push_back(static_cast<int64_t>(starts_.size()));
+      for (int64_t at = cuts[c]; at < cuts[c + 1]; at += kPanel) starts_.push_back(at);
+    }
+    const int64_t m = cuts.back();
+    first_panel.push_back(static_cast<int64_t>(starts_.size()));
+    starts_.push_back(m);
+    for (size_t c = 0, p = 0; p + 1 < starts_.size(); ++p) {
+      while (cuts[c + 1] <= starts_[p]) ++c;
+      ends_.push_back(std::min(starts_[p] + kPanel, cuts[c + 1]));
+    }
+    const size_t panels = ends_.size();
+    size_t bytes = Carver::bytes<int32_t>(m * k / 4) + Carver::bytes<float>(m * k / kGroup);
+    for (const Kind& kind : kinds) bytes += Carver::bytes<int32_t>(m * k / (kind.halves ? 16 : kGroup)) + Carver::bytes<Panel>(panels);
     thread_local Buffer buffer;
     Carver carver(buffer.get(bytes));
-    codes_ = carver.take<int8_t>(m * k);
+    codes_ = carver.take<int32_t>(m * k / 4);
     scales_ = carver.take<float>(m * k / kGroup);
-    sums_ = carver.take<float>(m * g16);
-    sums16_ = carver.take<int32_t>(m * g16);
-    for (int b : biases) {
-      sets_.push_back({b, carver.take<int32_t>(m * g16), carver.take<Row>(m)});
+    for (const Kind& kind : kinds) {
+      int32_t* extra = carver.take<int32_t>(m * k / (kind.halves ? 16 : kGroup));
+      sets_.push_back({kind, extra, carver.take<Panel>(panels)});
     }
   }
 
-  void quantize(const Kernels& kernels, int64_t i) const {
-    const int64_t g16 = k_ / 16;
-    kernels.quantize(x_ + i * k_, k_, codes_ + i * k_, scales_ + i * k_ / kGroup, sums_ + i * g16, sums16_ + i * g16);
+  int64_t count() const { return static_cast<int64_t>(ends_.size()); }
+
+  // Makes panel p.
+  void quantize(const Kernels& kernels, int64_t p) const {
+    const int64_t first = starts_[p], rows = ends_[p] - first, k = k_, g16 = k / 16, g32 = k / kGroup;
+    thread_local Buffer buffer;
+    Carver carver(buffer.get(Carver::bytes<int8_t>(k) + Carver::bytes<float>(g32) + Carver::bytes<int32_t>(g16)));
+    int8_t* row_codes = carver.take<int8_t>(k);
+    float* row_scales = carver.take<float>(g32);
+    int32_t* sums = carver.take<int32_t>(g16);
+    int32_t* codes = codes_ + first * k / 4;
+    float* scales = scales_ + first * g32;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = order_ == nullptr ? first + r : order_[first + r];
+      kernels.quantize(x_ + row * k, k, row_codes, row_scales, sums);
+      for (int64_t i = 0; i < k / 4; ++i) memcpy(codes + i * rows + r, row_codes + 4 * i, 4);
+      for (int64_t g = 0; g < g32; ++g) scales[g * rows + r] = row_scales[g];
+      for (const Set& set : sets_) {
+        int32_t* extra = set.extra + first * (set.kind.halves ? g16 : g32);
+        for (int64_t g = 0; g < (set.kind.halves ? g16 : g32); ++g) {
+          const int32_t sum = set.kind.halves ? sums[g] : sums[2 * g] + sums[2 * g + 1];
+          if (set.kind.mins) {
+            const float scaled = row_scales[set.kind.halves ? g / 2 : g] * static_cast<float>(sum);
+            memcpy(extra + g * rows + r, &scaled, 4);
+          } else {
+            extra[g * rows + r] = -set.kind.bias * sum;
+          }
+        }
+      }
+    }
     for (const Set& set : sets_) {
-      int32_t* init = set.init + i * g16;
-      const int32_t* sums = sums16_ + i * g16;
-      for (int64_t g = 0; g < g16; ++g) init[g] = -kBiases[set.bias] * sums[g];
-      set.rows[i] = {codes_ + i * k_, scales_ + i * k_ / kGroup, sums_ + i * g16, init};
+      set.panels[p] = {static_cast<int>(rows), codes, scales, set.extra + first * (set.kind.halves ? g16 : g32)};
     }
   }
 
-  const Row* rows(int bias) const {
+  const Panel* panels(const Format& f) const {
     for (const Set& set : sets_) {
-      if (set.bias == bias) return set.rows;
+      if (set.kind == Kind(f)) return set.panels;
     }
     return nullptr;
   }
 
+  std::vector<int64_t> first_panel;  // of each cut
+
  private:
   struct Set {
-    int bias;
-    int32_t* init;
-    Row* rows;
+    Kind kind;
+    int32_t* extra;
+    Panel* panels;
   };
   const float* x_;
-  int64_t m_, k_;
-  int8_t* codes_;
-  float *scales_, *sums_;
-  int32_t* sums16_;
+  int64_t k_;
+  const int64_t* order_;
+  std::vector<int64_t> starts_, ends_;
+  int32_t* codes_;
+  float* scales_;
   std::vector<Set> sets_;
 };
 
-// m rows times tiles [from, to) of a weight. row_of(i): the i-th row's quantized form; y_of(i): where its outputs begin.
-template <class RowOf, class OutOf>
-void multiply(const Kernels& kernels, const Weight& w, int64_t n, int64_t k, int64_t m, int64_t from, int64_t to,
-              const RowOf& row_of, const OutOf& y_of) {
+// `count` panels of m rows in all times tiles [from, to) of a weight. y_of(i): where the i-th row's outputs begin.
+template <class OutOf>
+void multiply(const Kernels& kernels, const Weight& w, int64_t n, int64_t k, const Panel* panels, int64_t count, int64_t m,
+              int64_t from, int64_t to, const OutOf& y_of) {
   thread_local Buffer buffer;
-  if (m == 1) {
-    alignas(64) float last[kRows];
-    for (int64_t t = from; t < to; ++t) {
-      const int64_t first = t * kRows;
-      const bool whole = first + kRows <= n;
-      kernels.vector[w.number](w.tile(t), k, row_of(0), whole ? y_of(0) + first : last);
-      if (!whole) memcpy(y_of(0) + first, last, (n - first) * sizeof(float));
-    }
-    return;
-  }
   const int64_t per_row = w.format->group < kGroup ? k / 16 : k / kGroup;
-  Carver carver(buffer.get(Carver::bytes<uint8_t>(k * kRows) + 2 * Carver::bytes<float>(per_row * kRows) + Carver::bytes<Row>(m) +
+  Carver carver(buffer.get(Carver::bytes<uint8_t>(k * kRows) + 2 * Carver::bytes<float>(per_row * kRows) +
                            Carver::bytes<float*>(m) + Carver::bytes<float>(m * kRows)));
   Ready ready{carver.take<uint8_t>(k * kRows), carver.take<float>(per_row * kRows), carver.take<float>(per_row * kRows)};
-  Row* rows = carver.take<Row>(m);
   float** out = carver.take<float*>(m);
   float* last = carver.take<float>(m * kRows);
-  for (int64_t i = 0; i < m; ++i) rows[i] = row_of(i);
+  Direct direct = nullptr;
+  if (m == 1 || m == 2 || m == 4 || m == 8) direct = kernels.direct[m == 1 ? 0 : m == 2 ? 1 : m == 4 ? 2 : 3][w.number];
   for (int64_t t = from; t < to; ++t) {
     const int64_t first = t * kRows;
     const bool whole = first + kRows <= n;
     for (int64_t i = 0; i < m; ++i) out[i] = whole ? y_of(i) + first : last + i * kRows;
-    kernels.ready[w.number](w.tile(t), k, ready);
-    kernels.matrix(*w.format, ready, k, rows, m, out);
+    if (direct != nullptr) {
+      direct(w.tile(t), k, panels[0], out);
+    } else {
+      kernels.ready[w.number](w.tile(t), k, ready);
+      kernels.matrix(*w.format, ready, k, panels, count, out);
+    }
     if (!whole) {
       for (int64_t i = 0; i < m; ++i) memcpy(y_of(i) + first, out[i], (n - first) * sizeof(float));
     }
   }
+}
+
+void add(std::vector<Kind>& kinds, const Kind& kind) {
+  if (std::find(kinds.begin(), kinds.end(), kind) == kinds.end()) kinds.push_back(kind);
 }
 
 // Tiles that one chunk of work holds: about 32 KiB of weight for one row, fewer for more rows.
@@ -161,10 +202,9 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
     Weight weight;
     int64_t n, per_chunk, first_chunk;
     float* y;
-    const Row* rows;
   };
   std::vector<Job> jobs(count);
-  std::vector<int> biases;
+  std::vector<Kind> kinds;
   int64_t chunks = 0, bytes = 0;
   for (size_t i = 0; i < count; ++i) {
     auto index = weights.get<ffi::Buffer<ffi::S32>>(2 * i);
@@ -181,22 +221,21 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
     job.first_chunk = chunks;
     chunks += (job.weight.count + job.per_chunk - 1) / job.per_chunk;
     bytes += job.weight.count * job.weight.stride;
-    int bias = bias_number(job.weight.format->bias);
-    if (std::find(biases.begin(), biases.end(), bias) == biases.end()) biases.push_back(bias);
+    add(kinds, Kind(*job.weight.format));
   }
   if (m == 0) return ffi::Error::Success();
   const Kernels& kernels = kernels_of(isa);
-  Activations activations(x.typed_data(), m, k, biases);
-  for (Job& job : jobs) job.rows = activations.rows(bias_number(job.weight.format->bias));
+  Activations activations(x.typed_data(), k, nullptr, {0, m}, kinds);
   auto multiply_chunk = [&](int64_t chunk) {
     size_t i = count - 1;
     while (jobs[i].first_chunk > chunk) --i;
     const Job& job = jobs[i];
     const int64_t from = (chunk - job.first_chunk) * job.per_chunk, to = std::min(from + job.per_chunk, job.weight.count);
-    multiply(kernels, job.weight, job.n, k, m, from, to, [&](int64_t r) -> const Row& { return job.rows[r]; },
+    multiply(kernels, job.weight, job.n, k, activations.panels(*job.weight.format), activations.count(), m, from, to,
              [&](int64_t r) { return job.y + r * job.n; });
   };
-  parallel(pool, threads_for(bytes, m), Phase{m, [&](int64_t i) { activations.quantize(kernels, i); }}, Phase{chunks, multiply_chunk});
+  parallel(pool, threads_for(bytes, m), Phase{activations.count(), [&](int64_t p) { activations.quantize(kernels, p); }},
+           Phase{chunks, multiply_chunk});
   return ffi::Error::Success();
 }
 
@@ -226,20 +265,20 @@ ffi::Error expert_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buf
     if (begin[e + 1] > begin[e]) jobs.push_back({e, static_cast<int64_t>(jobs.size()) * chunks_each});
   }
   const Kernels& kernels = kernels_of(isa);
-  const int bias = bias_number(first.format->bias);
-  Activations activations(x.typed_data(), m, k, {bias});
-  const Row* rows = activations.rows(bias);
+  Activations activations(x.typed_data(), k, order.data(), begin, {Kind(*first.format)});
+  const Panel* panels = activations.panels(*first.format);
   auto multiply_chunk = [&](int64_t chunk) {
     const int64_t e = jobs[chunk / chunks_each].expert, from = chunk % chunks_each * per_chunk;
     Weight w = first;
     w.tiles += e * w.count * w.stride;
     const int64_t* mine = order.data() + begin[e];
-    multiply(kernels, w, n, k, begin[e + 1] - begin[e], from, std::min(from + per_chunk, w.count),
-             [&](int64_t r) -> const Row& { return rows[mine[r]]; }, [&](int64_t r) { return y->typed_data() + mine[r] * n; });
+    const int64_t p = activations.first_panel[e];
+    multiply(kernels, w, n, k, panels + p, activations.first_panel[e + 1] - p, begin[e + 1] - begin[e], from,
+             std::min(from + per_chunk, w.count), [&](int64_t r) { return y->typed_data() + mine[r] * n; });
   };
-  const int64_t chunks = static_cast<int64_t>(jobs.size()) * chunks_each;
-  parallel(pool, threads_for(static_cast<int64_t>(jobs.size()) * first.count * first.stride, m / static_cast<int64_t>(jobs.size())),
-           Phase{m, [&](int64_t i) { activations.quantize(kernels, i); }}, Phase{chunks, multiply_chunk});
+  const int64_t used = static_cast<int64_t>(jobs.size());
+  parallel(pool, threads_for(used * first.count * first.stride, m / used),
+           Phase{activations.count(), [&](int64_t p) { activations.quantize(kernels, p); }}, Phase{used * chunks_each, multiply_chunk});
   return ffi::Error::Success();
 }
 
