@@ -26,7 +26,7 @@ from jax import lax
 from ..devices import cuda_capability
 from ..errors import UnsupportedError
 from .pages import BLOCK_PAGES, FLOAT16_MAX, PAGE_SIZE, Case, KVPages
-from .tiles import MAX_HEAD, MIN_CAPABILITY, PART_PAGES, Tile, card, tile
+from .tiles import MIN_CAPABILITY, PART_PAGES, Tile, programs, tiles
 from .xla import append_rows
 
 __all__ = ["append_rows", "paged_attention", "unsupported"]
@@ -45,13 +45,22 @@ def unsupported(case: Case) -> str | None:
     if capability is not None and capability < MIN_CAPABILITY:
         return f"the card has compute capability {capability / 10}, and Triton's kernels need 8.0"
     for name, dim in (("head_dim", case.head_dim), ("value_dim", case.value_dim)):
-        if dim > MAX_HEAD:
-            return f"{name} is {dim}: registers and shared memory hold tiles of heads up to {MAX_HEAD}"
         if dim % 8:
             return f"{name} is {dim}, which is no multiple of 8"
+    if _tiles(case.head_dim, case.value_dim, case.dtype) is None:
+        return _too_large(case.head_dim, case.value_dim, case.dtype)
     if case.latent and case.value_dim % 16:
         return f"value_dim is {case.value_dim}, which is no multiple of 16, and values are a part of the keys"
     return None
+
+
+def _tiles(head_dim: int, value_dim: int, dtype: Any) -> tuple[Tile, Tile] | None:
+    return tiles(cuda_capability(), max(head_dim, value_dim), dtype == jnp.float32)
+
+
+def _too_large(head_dim: int, value_dim: int, dtype: Any) -> str:
+    heads = f"{head_dim} (keys) and {value_dim} (values)"
+    return f"registers and shared memory of the card do not hold tiles of {dtype} heads of {heads} elements"
 
 
 @dataclass(frozen=True)
@@ -131,13 +140,15 @@ def paged_attention(
     else:
         key_parts, value_parts = parts_of(0, head_dim), parts_of(0, value_dim)
     group = heads // kv_heads
-    device = card(cuda_capability())
-    row_bytes = dtype.itemsize * (head_dim + (0 if pool.latent else value_dim))
-    many = pl_cdiv(tokens * group, device.many[0]) * kv_heads * batch
-    if split is None:
-        split = many < device.programs // 2
+    pair = _tiles(head_dim, value_dim, dtype)
+    if pair is None:
+        raise UnsupportedError(_too_large(head_dim, value_dim, dtype))
+    few, many = pair
+    rows_each = tokens * group
+    if split is None:  # as soon as whole tiles cannot occupy half of the card
+        split = _cdiv(rows_each, many.rows) * kv_heads * batch < programs(cuda_capability()) // 2
     static = _Static(
-        tile=tile(device, tokens * group if split else device.many[0], row_bytes),
+        tile=few if split and rows_each <= few.rows else many,
         tokens=tokens,
         group=group,
         key_dim=head_dim,
@@ -158,7 +169,7 @@ def paged_attention(
     rows += [] if pool.value_scales is None or pool.latent else [pool.value_scales]
     logits = [] if sinks is None else [sinks.reshape(kv_heads, group)]
     if split:
-        parts = _split(operands, rows, static, device.programs, interpret)
+        parts = _split(operands, rows, static, programs(cuda_capability()), interpret)
         out = _merge(operands, logits, parts, static, interpret)
     else:
         out = _whole(operands, rows, logits, static, interpret)
@@ -178,7 +189,7 @@ def parts_of(first: int, end: int) -> tuple[tuple[int, int], ...]:
     return tuple(parts)
 
 
-def pl_cdiv(a: int, b: int) -> int:
+def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
@@ -247,10 +258,10 @@ def _whole(
     from jax.experimental import pallas as pl
 
     batch, _, kv_heads = rows[0].shape[:3]
-    tiles = pl_cdiv(static.rows, static.tile.rows)
+    count = _cdiv(static.rows, static.tile.rows)
     return pl.pallas_call(
-        functools.partial(_whole_kernel, static=static, tiles=tiles),
-        grid=(tiles, kv_heads, batch),
+        functools.partial(_whole_kernel, static=static, count=count),
+        grid=(count, kv_heads, batch),
         in_specs=_operand_specs(operands) + _row_specs(rows, static) + _sink_specs(logits),
         out_specs=_out_spec(static),
         out_shape=_out_shape(rows[0], static),
@@ -260,27 +271,29 @@ def _whole(
     )(*operands, *rows, *logits)
 
 
-def _whole_kernel(*refs: Any, static: _Static, tiles: int) -> None:
+def _whole_kernel(*refs: Any, static: _Static, count: int) -> None:
     from jax.experimental import pallas as pl
 
-    *refs, out_ref = refs
-    logits_ref = refs.pop() if static.sinks else None
-    row = (tiles - 1 - pl.program_id(0)) * static.tile.rows  # the tiles with the most to do begin first
+    *inputs, out_ref = refs
+    logits_ref = inputs.pop() if static.sinks else None
+    row = (count - 1 - pl.program_id(0)) * static.tile.rows  # the tiles with the most to do begin first
     rows = row + jnp.arange(static.tile.rows)
-    span = _span(refs, rows, static)
-    step = _step(refs, rows, span, static)
+    span = _span(inputs, rows, static)
+    step = _step(inputs, rows, span, static)
 
-    def page(index: Any, carry: tuple[_Part, _Part]) -> tuple[_Part, _Part]:
+    def turn(index: Any, carry: tuple[_Part, tuple[Any, _Part]]) -> tuple[_Part, tuple[Any, _Part]]:
+        whole, (page, part) = carry
         first = lax.rem(index, PART_PAGES) == 0
-        whole, part = lax.cond(first, lambda a, b: (_merged(a, b), _start(static)), lambda a, b: (a, b), *carry)
-        return whole, step(index, part)
+        whole, part = lax.cond(first, lambda a, b: (_merged(a, b), _start(static)), lambda a, b: (a, b), whole, part)
+        return whole, step(index, (page, part))
 
-    carry = lax.fori_loop(span.begin, span.end, page, (_start(static), _start(static)))
-    _finish(_merged(*carry), rows, logits_ref, out_ref, static)
+    carry = (_start(static), (_page(inputs, span.begin), _start(static)))
+    whole, (_, part) = lax.fori_loop(span.begin, span.end, turn, carry)
+    _finish(_merged(whole, part), rows, logits_ref, out_ref, static)
 
 
 def _split(
-    operands: list[jax.Array], rows: list[jax.Array], static: _Static, programs: int, interpret: bool
+    operands: list[jax.Array], rows: list[jax.Array], static: _Static, busy: int, interpret: bool
 ) -> list[jax.Array]:
     """The parts: tops and totals [B, kv_heads, parts, T * group], values [B, kv_heads, parts, T * group, value_dim].
 
@@ -289,16 +302,16 @@ def _split(
     from jax.experimental import pallas as pl
 
     batch, _, kv_heads = rows[0].shape[:3]
-    tiles = pl_cdiv(static.rows, static.tile.rows)
-    parts = pl_cdiv(operands[3].shape[1], PART_PAGES)
+    count = _cdiv(static.rows, static.tile.rows)
+    parts = _cdiv(operands[3].shape[1], PART_PAGES)
     # A program takes every lanes-th part: a long table costs no programs that find nothing to do.
-    lanes = min(parts, pl_cdiv(2 * programs, tiles * kv_heads * batch))
+    lanes = min(parts, _cdiv(2 * busy, count * kv_heads * batch))
     shape = (batch, kv_heads, parts, static.rows)
     spec = pl.BlockSpec((None, None, parts, static.rows), lambda i, h, b: (b, h, 0, 0))
     dims = (parts, static.rows, _padded(static.value_parts))
     return pl.pallas_call(
-        functools.partial(_split_kernel, static=static, tiles=tiles, lanes=lanes),
-        grid=(tiles * lanes, kv_heads, batch),
+        functools.partial(_split_kernel, static=static, count=count, lanes=lanes),
+        grid=(count * lanes, kv_heads, batch),
         in_specs=_operand_specs(operands) + _row_specs(rows, static),
         out_specs=[spec, spec, pl.BlockSpec((None, None, *dims), lambda i, h, b: (b, h, 0, 0, 0))],
         out_shape=[
@@ -312,28 +325,30 @@ def _split(
     )(*operands, *rows)
 
 
-def _split_kernel(*refs: Any, static: _Static, tiles: int, lanes: int) -> None:
+def _split_kernel(*refs: Any, static: _Static, count: int, lanes: int) -> None:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    *refs, top_ref, total_ref, mixed_ref = refs
-    row = lax.rem(pl.program_id(0), tiles) * static.tile.rows
+    *inputs, top_ref, total_ref, mixed_ref = refs
+    row = lax.rem(pl.program_id(0), count) * static.tile.rows
     rows = row + jnp.arange(static.tile.rows)
     inside = rows < static.rows
-    span = _span(refs, rows, static)
-    step = _step(refs, rows, span, static)
-    first = lax.div(span.begin, PART_PAGES) + lax.div(pl.program_id(0), tiles)
+    span = _span(inputs, rows, static)
+    step = _step(inputs, rows, span, static)
+    first = lax.div(span.begin, PART_PAGES) + lax.div(pl.program_id(0), count)
     end = lax.div(span.end + PART_PAGES - 1, PART_PAGES)
 
     def one(i: Any, _: None) -> None:
         number = first + i * lanes
         begin = jnp.maximum(number * PART_PAGES, span.begin)
-        part = lax.fori_loop(begin, jnp.minimum((number + 1) * PART_PAGES, span.end), step, _start(static))
+        carry = _page(inputs, begin), _start(static)
+        _, part = lax.fori_loop(begin, jnp.minimum((number + 1) * PART_PAGES, span.end), step, carry)
         triton.store(top_ref.at[number, rows], part.top, mask=inside)
         triton.store(total_ref.at[number, rows], part.total.max(1), mask=inside)
         for (start, size), values in zip(static.value_parts, part.mixed):
-            mask = inside[:, None] & (start + jnp.arange(size) < static.value_dim)[None, :]
-            triton.store(mixed_ref.at[number, rows, pl.ds(start, size)], values, mask=mask)
+            columns = (start + jnp.arange(size))[None, :]
+            mask = inside[:, None] & (columns < static.value_dim)
+            triton.store(mixed_ref.at[number, rows[:, None], columns], values, mask=mask)
 
     lax.fori_loop(0, lax.div(jnp.maximum(end - first, 0) + lanes - 1, lanes), one, None)
 
@@ -347,14 +362,14 @@ def _merge(
     batch, kv_heads, count, rows = parts[0].shape
     spec = pl.BlockSpec((None, None, count, rows), lambda i, h, b: (b, h, 0, 0))
     dims = (count, rows, _padded(static.value_parts))
+    values = pl.BlockSpec((None, None, *dims), lambda i, h, b: (b, h, 0, 0, 0))
     shape = (batch, static.tokens, kv_heads, static.group, static.value_dim)
     operands = operands[1:3] + operands[4:]  # blocks, window, positions
     specs = _operand_specs([operands[0], *operands[:2], operands[2]])[1:]
     return pl.pallas_call(
         functools.partial(_merge_kernel, static=static, count=count),
-        grid=(pl_cdiv(rows, _MERGE_ROWS), kv_heads, batch),
-        in_specs=[*specs, spec, spec, pl.BlockSpec((None, None, *dims), lambda i, h, b: (b, h, 0, 0, 0))]
-        + _sink_specs(logits),
+        grid=(_cdiv(rows, _MERGE_ROWS), kv_heads, batch),
+        in_specs=[*specs, spec, spec, values, *_sink_specs(logits)],
         out_specs=_out_spec(static),
         out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
         compiler_params=_parameters(Tile(_MERGE_ROWS, 4, 1)),
@@ -395,8 +410,9 @@ def _merge_kernel(
         total = triton.load(total_ref.at[at, rows], mask=known, other=0.0)
         mixed = []
         for start, size in static.value_parts:
-            mask = known[:, None] & (start + jnp.arange(size) < static.value_dim)[None, :]
-            mixed.append(triton.load(mixed_ref.at[at, rows, pl.ds(start, size)], mask=mask, other=0.0))
+            columns = (start + jnp.arange(size))[None, :]
+            mask = known[:, None] & (columns < static.value_dim)
+            mixed.append(triton.load(mixed_ref.at[at, rows[:, None], columns], mask=mask, other=0.0))
         return _Part(top, jnp.broadcast_to(total[:, None], (_MERGE_ROWS, 1)), tuple(mixed))
 
     def some(i: Any, whole: _Part) -> _Part:
@@ -435,7 +451,7 @@ def _lookback(window_ref: Any) -> Any:
     return jnp.where(window > 0, jnp.minimum(window, _EVERY), _EVERY)
 
 
-def _span(refs: list[Any], rows: Any, static: _Static) -> _Span:
+def _span(refs: Any, rows: Any, static: _Static) -> _Span:
     from jax.experimental.pallas import triton
 
     _, blocks_ref, window_ref, _, positions_ref = refs[:5]
@@ -447,42 +463,55 @@ def _span(refs: list[Any], rows: Any, static: _Static) -> _Span:
     return _Span(position, position - lookback, low, high, lax.div(low, PAGE_SIZE), end)
 
 
-def _step(refs: list[Any], rows: Any, span: _Span, static: _Static) -> Any:
-    """(page of the sequence, sums) -> sums with that page's positions in them."""
-    from jax.experimental import pallas as pl
+def _page(refs: Any, index: Any) -> Any:
+    """Where page ``index`` of the sequence lies, or any page if it has none of that number."""
+    table_ref = refs[3]
+    return table_ref[jnp.minimum(index, table_ref.shape[0] - 1)]
+
+
+def _step(refs: Any, rows: Any, span: _Span, static: _Static) -> Any:
+    """(index of a page of the sequence, (where it lies, sums)) -> the same of the next one, with its positions summed.
+
+    Where the next page lies is read a turn ahead, for else Triton waits for it before it asks for keys and values, and
+    for those before it asks for the next.
+    """
     from jax.experimental.pallas import triton
 
-    layer_ref, _, _, table_ref, _, q_ref, k_ref, *refs = refs
-    v_ref = k_ref if static.latent else refs.pop(0)
-    k_scale_ref, v_scale_ref = (refs * 2)[:2] if static.quantized else (None, None)
+    layer_ref, _, _, _, _, q_ref, k_ref, *rest = refs
+    v_ref = k_ref if static.latent else rest.pop(0)
+    scale_refs = rest[:2]  # of keys, of values; one where values are a part of the keys
     layer = layer_ref[0]
     token, head = lax.div(rows, static.group), lax.rem(rows, static.group)
     score_type, weight_type = _types(k_ref.dtype)
     queries = []
     for first, size in static.key_parts:
-        columns = first + jnp.arange(size) < static.key_dim
-        mask = (rows < static.rows)[:, None] & columns[None, :]
-        q = triton.load(q_ref.at[token, head, pl.ds(first, size)], mask=mask, other=0.0)
+        columns = (first + jnp.arange(size))[None, :]
+        mask = (rows < static.rows)[:, None] & (columns < static.key_dim)
+        q = triton.load(q_ref.at[token[:, None], head[:, None], columns], mask=mask, other=0.0)
         queries.append(_query(q * static.query_factor, score_type))
     ones = jnp.ones((PAGE_SIZE, _ONES), weight_type)
     dot = functools.partial(triton.dot, precision=static.precision)
 
     def load(ref: Any, page: Any, part: tuple[int, int], dim: int, used: Any) -> Any:
         first, size = part
-        mask = jnp.broadcast_to(used[:, None], (PAGE_SIZE, size))
-        if first + size > dim:
-            mask = mask & (first + jnp.arange(size) < dim)[None, :]
-        return triton.load(ref.at[layer, page, :, pl.ds(first, size)], mask=mask, other=0)
+        columns = (first + jnp.arange(size))[None, :]
+        mask = used[:, None] if first + size <= dim else used[:, None] & (columns < dim)
+        mask = jnp.broadcast_to(mask, (PAGE_SIZE, size))
+        return triton.load(ref.at[layer, page, jnp.arange(PAGE_SIZE)[:, None], columns], mask=mask, other=0)
 
-    def step(index: Any, carry: _Part) -> _Part:
-        page = table_ref[index]
+    def scale(ref: Any, page: Any, used: Any) -> Any:
+        return triton.load(ref.at[layer, page, jnp.arange(PAGE_SIZE)], mask=used, other=0.0)[None, :]
+
+    def step(index: Any, turn: tuple[Any, _Part]) -> tuple[Any, _Part]:
+        page, carry = turn
+        next_page = _page(refs, index + 1)
         at = index * PAGE_SIZE + jnp.arange(PAGE_SIZE)
         used = (at >= span.low) & (at <= span.high)  # other rows may hold anything, NaN too
         keys = [load(k_ref, page, part, static.key_dim, used) for part in static.key_parts]
         products = [dot(q, k.astype(score_type).T) for qs, k in zip(queries, keys) for q in qs]
         scores = functools.reduce(jnp.add, products)  # [rows, PAGE_SIZE]
         if static.quantized:
-            scores = scores * triton.load(k_scale_ref.at[layer, page, :], mask=used, other=0.0)[None, :]
+            scores = scores * scale(scale_refs[0], page, used)
         if static.softcap:  # tanh(x) = 1 - 2 / (1 + e^2x)
             scores = (1.0 - 2.0 / (1.0 + jnp.exp2(scores))) * (static.softcap * _LOG2_E)
         seen = (at[None, :] <= span.position[:, None]) & (at[None, :] > span.floor[:, None])
@@ -496,10 +525,10 @@ def _step(refs: list[Any], rows: Any, span: _Span, static: _Static) -> Any:
         else:
             values = [load(v_ref, page, part, static.value_dim, used) for part in static.value_parts]
         if static.quantized:
-            weights = weights * triton.load(v_scale_ref.at[layer, page, :], mask=used, other=0.0)[None, :]
+            weights = weights * scale(scale_refs[-1], page, used)
         weights = weights.astype(weight_type)
         mixed = [m * keep + dot(weights, v.astype(weight_type)) for m, v in zip(carry.mixed, values)]
-        return _Part(top, total, tuple(mixed))
+        return next_page, _Part(top, total, tuple(mixed))
 
     return step
 
@@ -523,7 +552,6 @@ def _query(q: Any, dtype: Any) -> list[Any]:
 
 def _finish(whole: _Part, rows: Any, logits_ref: Any, out_ref: Any, static: _Static) -> None:
     """Takes the sinks in, normalises and writes."""
-    from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
     inside = rows < static.rows
@@ -537,6 +565,7 @@ def _finish(whole: _Part, rows: Any, logits_ref: Any, out_ref: Any, static: _Sta
         total = total * factor + jnp.exp2(sink - top)
     total = jnp.where(total > 0.0, total, 1.0)
     for (first, size), values in zip(static.value_parts, whole.mixed):
-        mask = inside[:, None] & (first + jnp.arange(size) < static.value_dim)[None, :]
+        columns = (first + jnp.arange(size))[None, :]
+        mask = inside[:, None] & (columns < static.value_dim)
         value = values * factor[:, None] / total[:, None]
-        triton.store(out_ref.at[token, head, pl.ds(first, size)], value, mask=mask)
+        triton.store(out_ref.at[token[:, None], head[:, None], columns], value, mask=mask)
