@@ -16,8 +16,9 @@ _PATH = Path(__file__).with_name("realm_native.so")
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why."""
     if not _PATH.exists():
-        return None, (
-            "the native CPU kernels were not built; install a C++ compiler (g++ or clang++) and install the package again"
+        return (
+            None,
+            "the native CPU kernels were not built; install a C++ compiler (g++ or clang++) and the package again",
         )
     try:
         lib = ctypes.CDLL(str(_PATH))

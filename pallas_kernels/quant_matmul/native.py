@@ -63,10 +63,8 @@ def columns(arrays: Arrays, fmt: Format) -> int:
     return arrays["tiles"].shape[-1] // width * fmt.block
 
 
-def tile(
-    rows: dict[str, np.ndarray], fmt: Format, out: np.ndarray | None = None, threads: int = 1
-) -> dict[str, np.ndarray]:
-    """Row-major arrays of a weight [N, K] (numpy, as Format.spec) -> its tiles, into ``out`` uint8 [tiles, width] if given."""
+def tile(rows: dict[str, np.ndarray], fmt: Format, out: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Row-major numpy arrays of a weight [N, K], as Format.spec -> its tiles, in ``out`` [tiles, width] if given."""
     n, k = next(iter(rows.values())).shape[0], fmt.columns(rows)
     shape, dtype = tile_spec((n, k), fmt)["tiles"]
     if out is None:

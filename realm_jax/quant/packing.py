@@ -28,8 +28,8 @@ def packed_spec(
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Name -> (shape, dtype) of the arrays of a tensor of logical ``shape`` [..., K], to allocate them before ``pack``.
 
-    tiled: in the layout of the native kernels, which a matrix [..., N, K] of a quantized type can have. Raises GGUFError
-    when K is no multiple of the type's block.
+    tiled: in the layout of the native kernels, which a matrix [..., N, K] of a quantized type can have. Raises
+    GGUFError when K is no multiple of the type's block.
     """
     fmt, shape = format_of(type), tuple(int(n) for n in shape)
     try:
