@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels.native import available, why_not
 from pallas_kernels.paged_attention import (
     BLOCK_SIZE,
     PAGE_SIZE,
@@ -21,7 +22,7 @@ from pallas_kernels.paged_attention import (
     reference,
 )
 
-BACKENDS = ["xla"]
+BACKENDS = ["xla", pytest.param("native", marks=pytest.mark.skipif(not available(), reason=why_not()))]
 DTYPES = ["float32", "float16", "bfloat16", "int8"]
 LAYERS, LAYER = 2, 1
 
