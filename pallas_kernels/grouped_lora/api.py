@@ -20,7 +20,7 @@ from .case import DTYPES, Adapters, Case, case_of
 
 # Who serves: the module of each backend, and whether its kernel is interpreted. A module has add_deltas (see xla.py)
 # and unsupported(case), the reason why it does not take a case, or None.
-_MODULES = {"xla": ("xla", False)}
+_MODULES = {"xla": ("xla", False), "native": ("native", False)}
 _ORDER = {"cpu": ("native", "xla"), "gpu": ("gpu", "xla"), "tpu": ("tpu", "xla")}  # what "auto" tries, by platform
 BACKENDS = ("auto", *_MODULES)
 
@@ -97,9 +97,11 @@ def grouped_lora_many(
     adapters: (a, b, scales) of each linear; N, R and dtypes may differ. bases: one per linear, or None. A linear's
     result has the bits that grouped_lora gives alone.
     """
-    linears = _stacks(adapters, stacked=layer is not None)
     x, slots = jnp.asarray(x), jnp.asarray(slots)
-    _check(x, slots, linears)
+    _check(x, slots, adapters, stacked=layer is not None)
+    linears = tuple(
+        Adapters(*((a, b) if layer is not None else (a[None], b[None])), scales) for a, b, scales in adapters
+    )
     *lead, k = x.shape
     case = case_of(prod(lead), linears)
     backend = resolve(backend, case)
@@ -116,37 +118,25 @@ def grouped_lora_many(
     return list(_operation(backend)(x.astype(jnp.float32), slots.astype(jnp.int32), bases, linears, layer))
 
 
-def _stacks(adapters: Sequence[Any], stacked: bool) -> tuple[Adapters, ...]:
-    """The linears' adapters with an axis of layers, added when there is none."""
-    if not adapters:
-        raise ValueError("there are no linears")
-    out = []
-    for a, b, scales in adapters:
-        for name, w in (("a", a), ("b", b)):
-            if w.ndim != 3 + stacked:
-                raise ValueError(f"{name} has shape {w.shape}, expected {3 + stacked} axes")
-        out.append(Adapters(*((a, b) if stacked else (a[None], b[None])), scales))
-    return tuple(out)
-
-
-def _check(x: jax.Array, slots: jax.Array, linears: tuple[Adapters, ...]) -> None:
+def _check(x: jax.Array, slots: jax.Array, adapters: Sequence[Any], stacked: bool) -> None:
     if not x.ndim or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x is {x.dtype} {x.shape}, expected float32 [..., K]")
     _check_shape("slots", slots, x.shape[:-1])
     if not jnp.issubdtype(slots.dtype, jnp.integer):
         raise ValueError(f"slots is {slots.dtype}, expected int32")
-    layers, count = linears[0].a.shape[:2]
-    for a, b, scales in linears:
-        rank, outputs = a.shape[2], b.shape[2]
-        for name, w, expected in (
-            ("a", a, (layers, count, rank, x.shape[-1])),
-            ("b", b, (layers, count, outputs, rank)),
-            ("scales", scales, (count,)),
-        ):
-            _check_shape(name, w, expected)
+    if not adapters:
+        raise ValueError("there are no linears")
+    *lead, _, _ = adapters[0][0].shape  # [S] or [L, S]
+    for a, b, scales in adapters:
         for name, w in (("a", a), ("b", b)):
+            if w.ndim != 3 + stacked:
+                raise ValueError(f"{name} has shape {w.shape}, expected {3 + stacked} axes")
             if w.dtype.name not in DTYPES:
                 raise UnsupportedError(f"{name} is {w.dtype}; accepted: {', '.join(DTYPES)}")
+        rank, outputs = a.shape[-2], b.shape[-2]
+        _check_shape("a", a, (*lead, rank, x.shape[-1]))
+        _check_shape("b", b, (*lead, outputs, rank))
+        _check_shape("scales", scales, (lead[-1],))
         if scales.dtype != jnp.float32:
             raise ValueError(f"scales is {scales.dtype}, expected float32")
 
