@@ -103,7 +103,8 @@ realm_environment() {
     case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
     unset PYTHONHOME PYTHONPATH # the environment is private
     kind=$(printf '%s' "${extras:-run}" | tr -cd 'a-z')
-    wanted="$(cksum <"$root/pyproject.toml") $root"
+    # What the installation is made of: the project's description, and the sources of the native kernels.
+    wanted="$(cd "$root" && cat pyproject.toml setup.py pallas_kernels/native/*.[ch]* pallas_kernels/*/native/*.[ch]* | cksum) $root"
     if [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.realm-for-$kind" 2>/dev/null)" = "$wanted" ]; then
         return 0
     fi
