@@ -8,10 +8,9 @@ results of the parts are merged in order. Two forms give the same bits:
   kernel merges.
 * whole, for many rows: a program per tile goes through all parts and merges as it goes.
 
-That bits do not depend on the form, on the tile or on the company is arranged so: maxima are rounded up to integers in
-the exponent of two, hence every factor that scales a sum is a power of two and exact, however a compiler contracts
-multiplications and additions; weights are summed by a product with ones, in the order of the tensor cores' products,
-not in one that depends on how a tile lies in registers; and a page that a row does not see adds exact zeros.
+Bits do not depend on the form, on the tile or on the company, for these reasons: factors of sums are powers of two (see
+softmax.py); weights are summed by a product with ones, in the order of the tensor cores' products, not in one that
+depends on how a tile lies in registers; and a page that a row does not see adds exact zeros.
 """
 
 import functools
@@ -25,16 +24,13 @@ from jax import lax
 
 from ..devices import cuda_capability
 from ..errors import UnsupportedError
-from .pages import BLOCK_PAGES, FLOAT16_MAX, PAGE_SIZE, Case, KVPages
+from .pages import BLOCK_PAGES, PAGE_SIZE, Case, KVPages
+from .softmax import LOG2_E, MASKED, START, exponents, lookback, power, query_factor, terms
 from .tiles import MIN_CAPABILITY, PART_PAGES, Tile, programs, tiles
 from .xla import append_rows
 
 __all__ = ["append_rows", "paged_attention", "unsupported"]
 
-_LOG2_E = 1.4426950408889634
-_MASKED = -1e30  # a score that is not seen
-_START = -1e20  # the maximum of nothing: above _MASKED, so that 2^(_MASKED - _START) is 0, and below every score
-_EVERY = 1 << 30  # a window that hides nothing
 _ONES = 16  # columns of the product that sums weights, the fewest there can be
 _MERGE_ROWS, _MERGE_UNROLL = 4, 8
 
@@ -158,7 +154,7 @@ def paged_attention(
         latent=pool.latent,
         quantized=dtype == jnp.int8,
         sinks=sinks is not None,
-        query_factor=scale * _LOG2_E * (2.0 / softcap if softcap else 1.0),
+        query_factor=query_factor(scale, softcap),
         softcap=softcap,
         precision=_precision(dtype, interpret),
     )
@@ -397,16 +393,16 @@ def _merge_kernel(
     inside = rows < static.rows
     token = lax.div(rows, static.group)
     position = triton.load(positions_ref.at[token], mask=inside, other=-1)
-    lookback = _lookback(window_ref)
+    reach = lookback(window_ref[0])
     pages = PART_PAGES * PAGE_SIZE
-    first = lax.div(jnp.maximum(position - lookback + 1, 0), pages)  # [rows]
+    first = lax.div(jnp.maximum(position - reach + 1, 0), pages)  # [rows]
     last = jnp.minimum(position, blocks_ref[0] * (BLOCK_PAGES * PAGE_SIZE) - 1)
     end = jnp.where(last >= 0, lax.div(jnp.maximum(last, 0), pages) + 1, 0)
 
     def read(number: Any) -> _Part:
         known = inside & (number >= first) & (number < end)
         at = jnp.minimum(number, count - 1)
-        top = triton.load(top_ref.at[at, rows], mask=known, other=_START)
+        top = triton.load(top_ref.at[at, rows], mask=known, other=START)
         total = triton.load(total_ref.at[at, rows], mask=known, other=0.0)
         mixed = []
         for start, size in static.value_parts:
@@ -429,38 +425,27 @@ def _start(static: _Static, rows: int = 0, columns: int = _ONES) -> _Part:
     """Sums over no positions."""
     rows = rows or static.tile.rows
     zeros = tuple(jnp.zeros((rows, size), jnp.float32) for _, size in static.value_parts)
-    return _Part(jnp.full((rows,), _START, jnp.float32), jnp.zeros((rows, columns), jnp.float32), zeros)
-
-
-def _power(exponent: Any) -> Any:
-    """2^exponent exactly, for integers in float32 up to 127; 0 from -127 on down."""
-    bits = (jnp.maximum(exponent, -127.0).astype(jnp.int32) + 127) << 23
-    return lax.bitcast_convert_type(bits, jnp.float32)
+    return _Part(jnp.full((rows,), START, jnp.float32), jnp.zeros((rows, columns), jnp.float32), zeros)
 
 
 def _merged(a: _Part, b: _Part) -> _Part:
     """Sums over both. One over nothing changes no bit of the other."""
     top = jnp.maximum(a.top, b.top)
-    keep, add = _power(a.top - top)[:, None], _power(b.top - top)[:, None]
+    keep, add = power(a.top - top)[:, None], power(b.top - top)[:, None]
     mixed = tuple(x * keep + y * add for x, y in zip(a.mixed, b.mixed))
     return _Part(top, a.total * keep + b.total * add, mixed)
-
-
-def _lookback(window_ref: Any) -> Any:
-    window = window_ref[0]
-    return jnp.where(window > 0, jnp.minimum(window, _EVERY), _EVERY)
 
 
 def _span(refs: Any, rows: Any, static: _Static) -> _Span:
     from jax.experimental.pallas import triton
 
     _, blocks_ref, window_ref, _, positions_ref = refs[:5]
-    lookback = _lookback(window_ref)
+    reach = lookback(window_ref[0])
     position = triton.load(positions_ref.at[lax.div(rows, static.group)], mask=rows < static.rows, other=-1)
     high = position.max()
-    low = jnp.maximum(jnp.where(position >= 0, position, high).min() - lookback + 1, 0)
+    low = jnp.maximum(jnp.where(position >= 0, position, high).min() - reach + 1, 0)
     end = jnp.minimum(lax.div(high + PAGE_SIZE, PAGE_SIZE), blocks_ref[0] * BLOCK_PAGES)  # 0 pages for a high of -1
-    return _Span(position, position - lookback, low, high, lax.div(low, PAGE_SIZE), end)
+    return _Span(position, position - reach, low, high, lax.div(low, PAGE_SIZE), end)
 
 
 def _page(refs: Any, index: Any) -> Any:
@@ -488,7 +473,7 @@ def _step(refs: Any, rows: Any, span: _Span, static: _Static) -> Any:
         columns = (first + jnp.arange(size))[None, :]
         mask = (rows < static.rows)[:, None] & (columns < static.key_dim)
         q = triton.load(q_ref.at[token[:, None], head[:, None], columns], mask=mask, other=0.0)
-        queries.append(_query(q * static.query_factor, score_type))
+        queries.append(terms(q * static.query_factor, score_type))
     ones = jnp.ones((PAGE_SIZE, _ONES), weight_type)
     dot = functools.partial(triton.dot, precision=static.precision)
 
@@ -512,13 +497,12 @@ def _step(refs: Any, rows: Any, span: _Span, static: _Static) -> Any:
         scores = functools.reduce(jnp.add, products)  # [rows, PAGE_SIZE]
         if static.quantized:
             scores = scores * scale(scale_refs[0], page, used)
-        if static.softcap:  # tanh(x) = 1 - 2 / (1 + e^2x)
-            scores = (1.0 - 2.0 / (1.0 + jnp.exp2(scores))) * (static.softcap * _LOG2_E)
+        scores = exponents(scores, static.softcap)
         seen = (at[None, :] <= span.position[:, None]) & (at[None, :] > span.floor[:, None])
-        scores = jnp.where(seen, scores, _MASKED)
+        scores = jnp.where(seen, scores, MASKED)
         top = jnp.maximum(carry.top, jnp.ceil(scores.max(1)))
         weights = jnp.exp2(scores - top[:, None])
-        keep = _power(carry.top - top)[:, None]
+        keep = power(carry.top - top)[:, None]
         total = carry.total * keep + dot(weights.astype(weight_type), ones)
         if static.latent:
             values = keys[: len(static.value_parts)]
@@ -540,16 +524,6 @@ def _types(pages: Any) -> tuple[Any, Any]:
     return np.dtype(pages), np.dtype(pages)
 
 
-def _query(q: Any, dtype: Any) -> list[Any]:
-    """float32 q as one term or, bfloat16 having 8 bits only, as the sum of two."""
-    if dtype == jnp.bfloat16:
-        high = q.astype(dtype)
-        return [high, (q - high.astype(jnp.float32)).astype(dtype)]
-    if dtype == jnp.float16:
-        q = jnp.minimum(jnp.maximum(q, -FLOAT16_MAX), FLOAT16_MAX)
-    return [q.astype(dtype)]
-
-
 def _finish(whole: _Part, rows: Any, logits_ref: Any, out_ref: Any, static: _Static) -> None:
     """Takes the sinks in, normalises and writes."""
     from jax.experimental.pallas import triton
@@ -559,9 +533,9 @@ def _finish(whole: _Part, rows: Any, logits_ref: Any, out_ref: Any, static: _Sta
     total = whole.total.max(1)
     factor = jnp.ones_like(total)
     if logits_ref is not None:  # a position of its own whose value is zero
-        sink = triton.load(logits_ref.at[head], mask=inside, other=0.0) * _LOG2_E
+        sink = triton.load(logits_ref.at[head], mask=inside, other=0.0) * LOG2_E
         top = jnp.maximum(whole.top, jnp.ceil(sink))
-        factor = _power(whole.top - top)
+        factor = power(whole.top - top)
         total = total * factor + jnp.exp2(sink - top)
     total = jnp.where(total > 0.0, total, 1.0)
     for (first, size), values in zip(static.value_parts, whole.mixed):

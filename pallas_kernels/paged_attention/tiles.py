@@ -71,3 +71,16 @@ def programs(capability: int | None) -> int:
 def _card(capability: int | None) -> int:
     known = max(capability or MIN_CAPABILITY, MIN_CAPABILITY)
     return max(c for c in _TILES if c <= known)
+
+
+@dataclass(frozen=True)
+class TpuSizes:
+    """rows of a tile at most; bytes of its queries in float32; blocks of positions a step, and bytes of them."""
+
+    rows: int
+    tile_bytes: int
+    step_blocks: int
+    step_bytes: int
+
+
+TPU = TpuSizes(rows=128, tile_bytes=1 << 20, step_blocks=4, step_bytes=2 << 20)
