@@ -19,7 +19,13 @@ from .pages import BLOCK_PAGES, DTYPES, PAGE_SIZE, Case, KVPages
 
 # Who serves: the module of each backend, and whether its kernel is interpreted. A module has append_rows and
 # paged_attention in batch form (see xla.py) and unsupported(case), the reason why it does not take a case, or None.
-_MODULES = {"xla": ("xla", False), "native": ("native", False)}
+_MODULES = {
+    "xla": ("xla", False),
+    "native": ("native", False),
+    "gpu": ("gpu", False),
+    "tpu": ("tpu", False),
+    "interpret": ("gpu", True),
+}
 _ORDER = {"cpu": ("native", "xla"), "gpu": ("gpu", "xla"), "tpu": ("tpu", "xla")}  # what "auto" tries, by platform
 BACKENDS = ("auto", *_MODULES)
 

@@ -40,13 +40,8 @@ def unsupported(case: Case) -> str | None:
     capability = cuda_capability()
     if capability is not None and capability < MIN_CAPABILITY:
         return f"the card has compute capability {capability / 10}, and Triton's kernels need 8.0"
-    for name, dim in (("head_dim", case.head_dim), ("value_dim", case.value_dim)):
-        if dim % 8:
-            return f"{name} is {dim}, which is no multiple of 8"
     if _tiles(case.head_dim, case.value_dim, case.dtype) is None:
         return _too_large(case.head_dim, case.value_dim, case.dtype)
-    if case.latent and case.value_dim % 16:
-        return f"value_dim is {case.value_dim}, which is no multiple of 16, and values are a part of the keys"
     return None
 
 
@@ -60,16 +55,32 @@ def _too_large(head_dim: int, value_dim: int, dtype: Any) -> str:
 
 
 @dataclass(frozen=True)
+class _Columns:
+    """Elements first..first+size-1 of a head, those from ``end`` on left out."""
+
+    first: int
+    size: int
+    end: int
+
+    def index(self) -> Any:  # [1, size]
+        return (self.first + jnp.arange(self.size))[None, :]
+
+    def mask(self, rows: Any) -> Any:
+        """Those of rows [rows] that there are: [rows, size]."""
+        if self.first + self.size <= self.end:
+            return jnp.broadcast_to(rows[:, None], (rows.shape[0], self.size))
+        return rows[:, None] & (self.index() < self.end)
+
+
+@dataclass(frozen=True)
 class _Static:
-    """What the kernels are specialised by. key_parts, value_parts: of a head, as (first, size) with powers of two."""
+    """What the kernels are specialised by."""
 
     tile: Tile
     tokens: int
     group: int  # heads that share a key/value head
-    key_dim: int
-    value_dim: int
-    key_parts: tuple[tuple[int, int], ...]
-    value_parts: tuple[tuple[int, int], ...]
+    key_parts: tuple[_Columns, ...]
+    value_parts: tuple[_Columns, ...]
     latent: bool
     quantized: bool
     sinks: bool
@@ -147,8 +158,6 @@ def paged_attention(
         tile=few if split and rows_each <= few.rows else many,
         tokens=tokens,
         group=group,
-        key_dim=head_dim,
-        value_dim=value_dim,
         key_parts=key_parts,
         value_parts=value_parts,
         latent=pool.latent,
@@ -172,15 +181,14 @@ def paged_attention(
     return out.reshape(batch, tokens, heads, value_dim)
 
 
-def parts_of(first: int, end: int) -> tuple[tuple[int, int], ...]:
-    """Elements first..end-1 of a head as (first, size), sizes being powers of two from 16 on, large ones first; the
-    last may reach over the end."""
+def parts_of(first: int, end: int) -> tuple[_Columns, ...]:
+    """Elements first..end-1 of a head in powers of two from 16 on, large ones first; the last may reach over end."""
     parts = []
     while first < end:
         size = 16
         while first + 2 * size <= end:
             size *= 2
-        parts.append((first, size))
+        parts.append(_Columns(first, size, end))
         first += size
     return tuple(parts)
 
@@ -196,8 +204,8 @@ def _precision(dtype: Any, interpret: bool) -> Any:
     return lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
 
-def _padded(parts: tuple[tuple[int, int], ...]) -> int:
-    return parts[-1][0] + parts[-1][1]
+def _padded(parts: tuple[_Columns, ...]) -> int:
+    return max(part.first + part.size for part in parts)
 
 
 def _operand_specs(operands: list[jax.Array]) -> list[Any]:
@@ -238,7 +246,7 @@ def _sink_specs(logits: list[jax.Array]) -> list[Any]:
 
 def _out_shape(rows: jax.Array, static: _Static) -> Any:
     batch, tokens, kv_heads, group, _ = rows.shape
-    return jax.ShapeDtypeStruct((batch, tokens, kv_heads, group, static.value_dim), jnp.float32)
+    return jax.ShapeDtypeStruct((batch, tokens, kv_heads, group, static.value_parts[-1].end), jnp.float32)
 
 
 def _parameters(tile: Tile) -> Any:
@@ -313,7 +321,7 @@ def _split(
         out_shape=[
             jax.ShapeDtypeStruct(shape, jnp.float32),
             jax.ShapeDtypeStruct(shape, jnp.float32),
-            jax.ShapeDtypeStruct((*shape, static.value_dim), jnp.float32),
+            jax.ShapeDtypeStruct((*shape, static.value_parts[-1].end), jnp.float32),
         ],
         compiler_params=_parameters(static.tile),
         interpret=interpret,
@@ -341,10 +349,8 @@ def _split_kernel(*refs: Any, static: _Static, count: int, lanes: int) -> None:
         _, part = lax.fori_loop(begin, jnp.minimum((number + 1) * PART_PAGES, span.end), step, carry)
         triton.store(top_ref.at[number, rows], part.top, mask=inside)
         triton.store(total_ref.at[number, rows], part.total.max(1), mask=inside)
-        for (start, size), values in zip(static.value_parts, part.mixed):
-            columns = (start + jnp.arange(size))[None, :]
-            mask = inside[:, None] & (columns < static.value_dim)
-            triton.store(mixed_ref.at[number, rows[:, None], columns], values, mask=mask)
+        for columns, values in zip(static.value_parts, part.mixed):
+            triton.store(mixed_ref.at[number, rows[:, None], columns.index()], values, mask=columns.mask(inside))
 
     lax.fori_loop(0, lax.div(jnp.maximum(end - first, 0) + lanes - 1, lanes), one, None)
 
@@ -359,7 +365,7 @@ def _merge(
     spec = pl.BlockSpec((None, None, count, rows), lambda i, h, b: (b, h, 0, 0))
     dims = (count, rows, _padded(static.value_parts))
     values = pl.BlockSpec((None, None, *dims), lambda i, h, b: (b, h, 0, 0, 0))
-    shape = (batch, static.tokens, kv_heads, static.group, static.value_dim)
+    shape = (batch, static.tokens, kv_heads, static.group, static.value_parts[-1].end)
     operands = operands[1:3] + operands[4:]  # blocks, window, positions
     specs = _operand_specs([operands[0], *operands[:2], operands[2]])[1:]
     return pl.pallas_call(
@@ -404,11 +410,10 @@ def _merge_kernel(
         at = jnp.minimum(number, count - 1)
         top = triton.load(top_ref.at[at, rows], mask=known, other=START)
         total = triton.load(total_ref.at[at, rows], mask=known, other=0.0)
-        mixed = []
-        for start, size in static.value_parts:
-            columns = (start + jnp.arange(size))[None, :]
-            mask = known[:, None] & (columns < static.value_dim)
-            mixed.append(triton.load(mixed_ref.at[at, rows[:, None], columns], mask=mask, other=0.0))
+        mixed = [
+            triton.load(mixed_ref.at[at, rows[:, None], columns.index()], mask=columns.mask(known), other=0.0)
+            for columns in static.value_parts
+        ]
         return _Part(top, jnp.broadcast_to(total[:, None], (_MERGE_ROWS, 1)), tuple(mixed))
 
     def some(i: Any, whole: _Part) -> _Part:
@@ -421,11 +426,11 @@ def _merge_kernel(
     _finish(whole, rows, logits_ref[0] if logits_ref else None, out_ref, static)
 
 
-def _start(static: _Static, rows: int = 0, columns: int = _ONES) -> _Part:
+def _start(static: _Static, rows: int = 0, sums: int = _ONES) -> _Part:
     """Sums over no positions."""
     rows = rows or static.tile.rows
-    zeros = tuple(jnp.zeros((rows, size), jnp.float32) for _, size in static.value_parts)
-    return _Part(jnp.full((rows,), START, jnp.float32), jnp.zeros((rows, columns), jnp.float32), zeros)
+    zeros = tuple(jnp.zeros((rows, columns.size), jnp.float32) for columns in static.value_parts)
+    return _Part(jnp.full((rows,), START, jnp.float32), jnp.zeros((rows, sums), jnp.float32), zeros)
 
 
 def _merged(a: _Part, b: _Part) -> _Part:
@@ -469,20 +474,16 @@ def _step(refs: Any, rows: Any, span: _Span, static: _Static) -> Any:
     token, head = lax.div(rows, static.group), lax.rem(rows, static.group)
     score_type, weight_type = _types(k_ref.dtype)
     queries = []
-    for first, size in static.key_parts:
-        columns = (first + jnp.arange(size))[None, :]
-        mask = (rows < static.rows)[:, None] & (columns < static.key_dim)
-        q = triton.load(q_ref.at[token[:, None], head[:, None], columns], mask=mask, other=0.0)
+    for columns in static.key_parts:
+        at = q_ref.at[token[:, None], head[:, None], columns.index()]
+        q = triton.load(at, mask=columns.mask(rows < static.rows), other=0.0)
         queries.append(terms(q * static.query_factor, score_type))
     ones = jnp.ones((PAGE_SIZE, _ONES), weight_type)
     dot = functools.partial(triton.dot, precision=static.precision)
 
-    def load(ref: Any, page: Any, part: tuple[int, int], dim: int, used: Any) -> Any:
-        first, size = part
-        columns = (first + jnp.arange(size))[None, :]
-        mask = used[:, None] if first + size <= dim else used[:, None] & (columns < dim)
-        mask = jnp.broadcast_to(mask, (PAGE_SIZE, size))
-        return triton.load(ref.at[layer, page, jnp.arange(PAGE_SIZE)[:, None], columns], mask=mask, other=0)
+    def load(ref: Any, page: Any, columns: _Columns, used: Any) -> Any:
+        row = jnp.arange(PAGE_SIZE)[:, None]
+        return triton.load(ref.at[layer, page, row, columns.index()], mask=columns.mask(used), other=0)
 
     def scale(ref: Any, page: Any, used: Any) -> Any:
         return triton.load(ref.at[layer, page, jnp.arange(PAGE_SIZE)], mask=used, other=0.0)[None, :]
@@ -492,7 +493,7 @@ def _step(refs: Any, rows: Any, span: _Span, static: _Static) -> Any:
         next_page = _page(refs, index + 1)
         at = index * PAGE_SIZE + jnp.arange(PAGE_SIZE)
         used = (at >= span.low) & (at <= span.high)  # other rows may hold anything, NaN too
-        keys = [load(k_ref, page, part, static.key_dim, used) for part in static.key_parts]
+        keys = [load(k_ref, page, columns, used) for columns in static.key_parts]
         products = [dot(q, k.astype(score_type).T) for qs, k in zip(queries, keys) for q in qs]
         scores = functools.reduce(jnp.add, products)  # [rows, PAGE_SIZE]
         if static.quantized:
@@ -507,7 +508,7 @@ def _step(refs: Any, rows: Any, span: _Span, static: _Static) -> Any:
         if static.latent:
             values = keys[: len(static.value_parts)]
         else:
-            values = [load(v_ref, page, part, static.value_dim, used) for part in static.value_parts]
+            values = [load(v_ref, page, columns, used) for columns in static.value_parts]
         if static.quantized:
             weights = weights * scale(scale_refs[-1], page, used)
         weights = weights.astype(weight_type)
@@ -538,8 +539,6 @@ def _finish(whole: _Part, rows: Any, logits_ref: Any, out_ref: Any, static: _Sta
         factor = power(whole.top - top)
         total = total * factor + jnp.exp2(sink - top)
     total = jnp.where(total > 0.0, total, 1.0)
-    for (first, size), values in zip(static.value_parts, whole.mixed):
-        columns = (first + jnp.arange(size))[None, :]
-        mask = inside[:, None] & (columns < static.value_dim)
-        value = values * factor[:, None] / total[:, None]
-        triton.store(out_ref.at[token[:, None], head[:, None], columns], value, mask=mask)
+    for columns, values in zip(static.value_parts, whole.mixed):
+        at = out_ref.at[token[:, None], head[:, None], columns.index()]
+        triton.store(at, values * factor[:, None] / total[:, None], mask=columns.mask(inside))
