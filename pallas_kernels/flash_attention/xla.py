@@ -1,9 +1,10 @@
 """The XLA backend: float32 arithmetic, blocks of 128 keys at a time, in tiles of 128 queries.
 
-A query's result has the same bits on the CPU however many queries, keys and sequences are in the call. For that, keys are
-visited in blocks aligned to their positions, a block beyond a query's sight leaves its result as it is, exp and tanh are
-this library's own, and sums are products of two matrices with at least two rows, whose order XLA's CPU dots choose by
-the other sizes alone. tests/test_flash_attention.py holds it to that. On other platforms XLA promises nothing.
+A query's result has the same bits on the CPU however many queries, keys and sequences are in the call. For that, keys
+are visited in blocks aligned to their positions, a block beyond a query's sight leaves its result as it is, and exp,
+tanh and sums are this library's own. The order in which XLA's CPU dots sum does not depend on the number of rows, from
+two on, where the columns are a multiple of WIDTH and at most WIDEST: values are padded to that, and taken in parts.
+tests/test_flash_attention.py holds it to that. On other platforms XLA promises nothing.
 """
 
 from typing import Any
@@ -12,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.numerics import exp, log, tanh
+from pallas_kernels.numerics import exp, log, row_sum, tanh
 
 from .case import KEY_BLOCK, NOTHING, Options, block_span, key_span, visible
 
 QUERY_TILE = 128  # queries whose scores exist at once
+WIDTH, WIDEST = 64, 256
 
 
 def unsupported(q: Any, k: Any, v: Any, options: Options, interpreted: bool) -> str | None:
@@ -39,33 +41,36 @@ def forward(
     batch, length, heads, _ = q.shape
     kv_heads, value_dim = k.shape[2], v.shape[3]
     group = heads // kv_heads
-    k, v = _whole_blocks(k), _whole_blocks(v)
+    k, v = _whole_blocks(k), jnp.pad(_whole_blocks(v), ((0, 0),) * 3 + ((0, -value_dim % WIDTH),))
     tile = min(length, QUERY_TILE)
+    unit = _unit(options)
     sink = None if sinks is None else jnp.tile(sinks.reshape(batch, kv_heads, 1, group), (1, 1, tile, 1))
     keys = bounds[:, 1, None, None, None]
 
     def one(i, carry):
         out, lse = carry
         at = jnp.minimum(i * tile, length - tile)  # the last tile overlaps its neighbour when T is no multiple
-        rows = _heads_first(_at(q, at, tile), kv_heads) * options.scale  # [B, kv_heads, tile * group, D]
+        rows = _heads_first(_at(q, at, tile), kv_heads) * _factor(options)  # [B, kv_heads, tile * group, D]
         low, high, position, fresh = _tile(bounds, at, tile, group, options)
 
         def step(j, state):
-            top, mixed = state  # running maximum; weighted values, and the sum of the weights behind them
+            top, total, mixed = state  # running maximum, sum of weights, weighted values
             block, key = _block(k, v, j)
             scores, _ = _scores(rows, block[0], options)
             seen = fresh & visible(position, key, options) & (key < keys)
             new_top = jnp.maximum(top, jnp.where(seen, scores, NOTHING).max(-1))
-            weights = jnp.where(seen, exp(scores - new_top[..., None]), 0.0)
+            weights = jnp.where(seen, exp((scores - new_top[..., None]) * unit), 0.0)
             values = jnp.where((key < keys).swapaxes(-1, -2), block[1], 0.0)
-            values = jnp.concatenate([values, jnp.ones((*values.shape[:-1], 1))], axis=-1)
-            return new_top, mixed * exp(top - new_top)[..., None] + _product(weights, values, 3, 2)
+            parts = [_product(weights, values[..., c : c + WIDEST], 3, 2) for c in range(0, values.shape[3], WIDEST)]
+            keep = exp((top - new_top) * unit)
+            total = total * keep + row_sum(weights)[..., 0]
+            return new_top, total, mixed * keep[..., None] + jnp.concatenate(parts, -1)
 
         shape = rows.shape[:3]
-        state = (jnp.full(shape, NOTHING), jnp.zeros((*shape, value_dim + 1)))
-        top, mixed = lax.fori_loop(low, high, step, state)
+        state = (jnp.full(shape, NOTHING), jnp.zeros(shape), jnp.zeros((*shape, v.shape[3])))
+        top, total, mixed = lax.fori_loop(low, high, step, state)
         some = top > 0.1 * NOTHING
-        total = mixed[..., value_dim]
+        top = top * unit
         if sink is not None:  # a row of its own whose value is zero
             logit = _pair(sink.reshape(batch, kv_heads, tile * group), 2)
             new_top = jnp.maximum(top, logit)
@@ -125,9 +130,9 @@ def backward(
             block, key = _block(k, v, j)
             known = (key < keys).swapaxes(-1, -2)
             block = [jnp.where(known, a, 0.0) for a in block]
-            scores, slope = _scores(rows * options.scale, block[0], options)
+            scores, slope = _scores(rows * _factor(options), block[0], options)
             seen = fresh & visible(position, key, options) & (key < keys)
-            weights = jnp.where(seen, exp(scores - top), 0.0)
+            weights = jnp.where(seen, exp(scores * _unit(options) - top), 0.0)
             dscores = weights * (_product(arriving, block[1], 3, 3) - mean) * slope * options.scale
             drows = drows + _product(dscores, block[0], 3, 2)
             dk = _add_block(dk, j, _product(jnp.where(counted, dscores, 0.0), rows, 2, 2))
@@ -159,12 +164,24 @@ def _tile(bounds: jax.Array, at: Any, tile: int, group: int, options: Options) -
 
 
 def _scores(rows: jax.Array, keys: jax.Array, options: Options) -> tuple[jax.Array, jax.Array | float]:
-    """Soft-capped scores [B, kv_heads, rows, KEY_BLOCK], and their derivative with respect to those before."""
+    """Scores over ``_unit`` [B, kv_heads, rows, KEY_BLOCK] of rows times ``_factor``, and the soft-cap's derivative.
+
+    Products beside sums may or may not be contracted with them, so there are none: the soft-cap divides the rows, and
+    multiplies differences.
+    """
     scores = _product(rows, keys, 3, 3)
     if not options.softcap:
         return scores, 1.0
-    squashed = tanh(scores / options.softcap)
-    return squashed * options.softcap, 1.0 - squashed * squashed
+    squashed = tanh(scores)
+    return squashed, 1.0 - squashed * squashed
+
+
+def _factor(options: Options) -> float:
+    return options.scale / options.softcap if options.softcap else options.scale
+
+
+def _unit(options: Options) -> float:
+    return options.softcap or 1.0
 
 
 def _block(k: jax.Array, v: jax.Array, j: Any) -> tuple[list[jax.Array], jax.Array]:
