@@ -20,7 +20,14 @@ from .case import DTYPES, Adapters, Case, case_of
 
 # Who serves: the module of each backend, and whether its kernel is interpreted. A module has add_deltas (see xla.py)
 # and unsupported(case), the reason why it does not take a case, or None.
-_MODULES = {"xla": ("xla", False), "native": ("native", False)}
+_MODULES = {
+    "xla": ("xla", False),
+    "native": ("native", False),
+    "gpu": ("gpu", False),
+    "tpu": ("tpu", False),
+    "interpret": ("gpu", True),
+    "interpret_tpu": ("tpu", True),
+}
 _ORDER = {"cpu": ("native", "xla"), "gpu": ("gpu", "xla"), "tpu": ("tpu", "xla")}  # what "auto" tries, by platform
 BACKENDS = ("auto", *_MODULES)
 
@@ -31,7 +38,7 @@ def resolve(backend: str, case: Case) -> str:
     Raises UnsupportedError when there is none of that name or it does not take the case, with the reason.
     """
     if backend == "auto":
-        order = [name for name in _ORDER.get(jax.default_backend(), ("xla",)) if name in _MODULES]
+        order = _ORDER.get(jax.default_backend(), ("xla",))
         return next(name for name in order if _module(name).unsupported(case) is None)
     if backend not in _MODULES:
         raise UnsupportedError(

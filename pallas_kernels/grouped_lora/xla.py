@@ -113,11 +113,20 @@ def for_each_slot(
 
 def _of_slot(one: Adapters, layer: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A [R, K], B [N, R] and the scale of one slot, float32."""
-    a, b = (
-        lax.dynamic_slice(w, (layer, slot, 0, 0), (1, 1, *w.shape[2:])).reshape(w.shape[2:]).astype(jnp.float32)
-        for w in (one.a, one.b)
-    )
-    return a, b, one.scales[slot]
+    return _matrix(one.a, layer, slot), _matrix(one.b, layer, slot), one.scales[slot]
+
+
+def _matrix(stack: jax.Array, layer: jax.Array, slot: jax.Array) -> jax.Array:
+    """stack[layer, slot] as float32."""
+    bfloat16 = stack.dtype == jnp.bfloat16
+    if bfloat16:
+        # As integers: XLA's CPU backend would make float32 of the whole stack to take a slice of it. The barrier
+        # keeps that view inside the loop over slots, where it is fused with the slice; outside it would be a copy.
+        stack = lax.bitcast_convert_type(lax.optimization_barrier((stack, slot))[0], jnp.uint16)
+    w = lax.dynamic_slice(stack, (layer, slot, 0, 0), (1, 1, *stack.shape[2:])).reshape(stack.shape[2:])
+    if bfloat16:
+        return lax.bitcast_convert_type(w.astype(jnp.uint32) << 16, jnp.float32)
+    return w.astype(jnp.float32)
 
 
 def _dot(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
