@@ -179,7 +179,6 @@ def test_bad_arguments_of_the_other_methods(llm, call, message):
         ({"context_length": "big"}, InvalidRequestError, "context_length"),
         ({"context_length": 10**9}, InvalidRequestError, "context_length is 1000000000"),
         ({"backend": "cuda"}, BackendError, "backend is 'cuda'"),
-        ({"backend": "native"}, BackendError, "native"),
         ({"backend": "pallas"}, BackendError, "pallas"),
         ({"backend": 5}, BackendError, "backend is 5"),
         ({"mesh": "auto"}, InvalidRequestError, "mesh is not supported in this version"),

@@ -185,4 +185,3 @@ def _run_batch(
 def _in_order(groups: list[jax.Array], back: jax.Array) -> jax.Array:
     """Rows `back` of all groups together. One program, over buckets of rows only, whoever is in which group."""
     return jnp.concatenate(groups)[back]
-

@@ -1,10 +1,14 @@
 """Which kernels a user's choice of backend stands for."""
 
+import logging
+from functools import cache
+
 import jax
 
 from pallas_kernels import native
 from realm_jax.errors import BackendError
 
+_log = logging.getLogger(__name__)
 BACKENDS = ("auto", "xla", "native", "pallas")
 
 
@@ -16,7 +20,12 @@ def resolve_backend(name: str) -> str:
     """
     platform = jax.default_backend()
     if name == "auto":
-        return "native" if native.available() else "xla" if platform == "cpu" else "auto"
+        if platform != "cpu":
+            return "auto"
+        if native.available():
+            return "native"
+        _say(f"{native.why_not()}; until then XLA serves, at a fraction of the speed")
+        return "xla"
     if name == "xla":
         return name
     if name == "native":
@@ -28,3 +37,9 @@ def resolve_backend(name: str) -> str:
             return platform
         raise BackendError(f"backend 'pallas' needs a GPU or a TPU, and JAX computes on {platform} here")
     raise BackendError(f"backend is {name!r}; accepted: {', '.join(BACKENDS)}")
+
+
+@cache
+def _say(message: str) -> None:
+    """Logs a warning, once a process."""
+    _log.warning(message)
