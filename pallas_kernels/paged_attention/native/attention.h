@@ -61,8 +61,8 @@ struct Sums {
 // A thread's working memory for one tile.
 struct Scratch {
   float* q;       // [kTileRows][dim], scaled
-  float* keys;    // [dim][kBlock]
-  float* values;  // [kBlock][width]
+  float* keys;    // [dim][kPage]
+  float* values;  // [kPage][width]
   float* scores;  // [kTileRows][kBlock]
   float* keep;    // [kTileRows]
 };

@@ -22,26 +22,52 @@ constexpr int kRows = 3, kColumns = 2;
 constexpr int kRows = 1, kColumns = 1;
 #endif
 
+// Rows to multiply by: `bytes` apart, a scale each for int8.
+struct Matrix {
+  const uint8_t* data;
+  int64_t bytes;
+  const float* scales;
+};
+
+// Memory that is read soon. The processor cannot know where a sequence's next page lies, so it is asked for, line by line
+// between the sums over this one: all at once would fill the queue of misses and wait.
+struct Ahead {
+  const uint8_t* next;
+  const uint8_t* end;
+
+  explicit Ahead(const Matrix& page) : next(page.data), end(page.data + kPage * page.bytes) {}
+  Ahead() : next(nullptr), end(nullptr) {}
+  REALM_INLINE void ask(int64_t bytes) {
+    const uint8_t* last = end - next < bytes ? end : next + bytes;
+    for (; next < last; next += 64) __builtin_prefetch(next, 0, 2);  // to the second level: the first has no room
+  }
+};
+
 // c [R][16 C] = a [R][depth] times b [depth][16 C], plus c times keep [R] where keep is not null.
-template <int R, int C>
-REALM_INLINE void product(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, const float* keep, float* c,
-                          int64_t ldc) {
+template <Type type, int R, int C>
+void product(int64_t depth, const float* a, int64_t lda, const Matrix& b, const float* keep, float* c, int64_t ldc,
+             Ahead& ahead) {
   F32 sums[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int j = 0; j < C; ++j) sums[r][j] = keep == nullptr ? set(0.0f) : load(c + r * ldc + 16 * j) * set(keep[r]);
   }
-  for (int64_t i = 0; i < depth; ++i) {
+  const uint8_t* next = b.data;
+  for (int64_t i = 0; i < depth; ++i, next += b.bytes) {
     F32 row[C];
 #pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) row[j] = load(b + i * ldb + 16 * j);
+    for (int j = 0; j < C; ++j) {
+      row[j] = load_row<type>(next + 16 * j * size_of(type));
+      if (type == Type::kI8) row[j] = row[j] * set(b.scales[i]);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const F32 x = set(a[r * lda + i]);
 #pragma GCC unroll 8
       for (int j = 0; j < C; ++j) sums[r][j] = fma(x, row[j], sums[r][j]);
     }
+    ahead.ask(b.bytes);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -50,114 +76,129 @@ REALM_INLINE void product(int64_t depth, const float* a, int64_t lda, const floa
   }
 }
 
-using Product = void (*)(int64_t, const float*, int64_t, const float*, int64_t, const float*, float*, int64_t);
+using Product = void (*)(int64_t, const float*, int64_t, const Matrix&, const float*, float*, int64_t, Ahead&);
 
-template <int R, int C>
-void product_of(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, const float* keep, float* c, int64_t ldc) {
-  product<R, C>(depth, a, lda, b, ldb, keep, c, ldc);
-}
-
-template <int R>
+template <Type type, int R>
 Product product_with(int columns) {
   if constexpr (kColumns > 1) {
-    if (columns == 2) return product_of<R, 2>;
+    if (columns == 2) return product<type, R, 2>;
   }
   if constexpr (kColumns > 2) {
-    if (columns == 3) return product_of<R, 3>;
-    if (columns == 4) return product_of<R, 4>;
+    if (columns == 3) return product<type, R, 3>;
+    if (columns == 4) return product<type, R, 4>;
   }
-  return product_of<R, 1>;
+  return product<type, R, 1>;
 }
 
+template <Type type>
 Product product_for(int rows, int columns) {
   if constexpr (kRows > 1) {
-    if (rows == 2) return product_with<2>(columns);
-    if (rows == 3) return product_with<3>(columns);
+    if (rows == 2) return product_with<type, 2>(columns);
+    if (rows == 3) return product_with<type, 3>(columns);
   }
   if constexpr (kRows > 3) {
-    if (rows == 4) return product_with<4>(columns);
-    if (rows == 5) return product_with<5>(columns);
-    if (rows == 6) return product_with<6>(columns);
+    if (rows == 4) return product_with<type, 4>(columns);
+    if (rows == 5) return product_with<type, 5>(columns);
+    if (rows == 6) return product_with<type, 6>(columns);
   }
-  return product_with<1>(columns);
+  return product_with<type, 1>(columns);
 }
 
 // The same for any number of rows and vectors of columns.
-void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
-              const float* keep, float* c, int64_t ldc) {
+template <Type type>
+void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const Matrix& b, const float* keep,
+              float* c, int64_t ldc, Ahead& ahead) {
   for (int64_t j = 0; j < columns; j += kColumns) {
     const int wide = static_cast<int>(columns - j < kColumns ? columns - j : kColumns);
+    const Matrix part{b.data + 16 * j * size_of(type), b.bytes, b.scales};
     for (int64_t r = 0; r < rows; r += kRows) {
       const int high = static_cast<int>(rows - r < kRows ? rows - r : kRows);
-      product_for(high, wide)(depth, a + r * lda, lda, b + 16 * j, ldb, keep == nullptr ? nullptr : keep + r, c + r * ldc + 16 * j,
-                              ldc);
+      product_for<type>(high, wide)(depth, a + r * lda, lda, part, keep == nullptr ? nullptr : keep + r, c + r * ldc + 16 * j, ldc,
+                              ahead);
     }
   }
 }
 
-// Where row `at` of a block lies: its index among the rows of the layer.
-struct Place {
-  int64_t page[2];  // of the block, the first row of each
+// The rows of one key/value head in page `index` of a sequence.
+Matrix page_of(const Call& call, const Rows& rows, const Tile& tile, int64_t index) {
+  int64_t number = call.tables[tile.batch * call.table_pages + index];
+  number = number < 0 ? 0 : number >= call.pool.pages ? call.pool.pages - 1 : number;
+  const int64_t first = (number * call.pool.kv_heads + tile.kv_head) * kPage, bytes = rows.dim * size_of(call.pool.type);
+  return {rows.data + first * bytes, bytes, rows.scales == nullptr ? nullptr : rows.scales + first};
+}
 
-  Place(const Call& call, const Tile& tile, int64_t block) {
-    for (int i = 0; i < 2; ++i) {
-      int64_t number = call.tables[tile.batch * call.table_pages + 2 * block + i];
-      number = number < 0 ? 0 : number >= call.pool.pages ? call.pool.pages - 1 : number;
-      page[i] = (number * call.pool.kv_heads + tile.kv_head) * kPage;
-    }
-  }
-  int64_t row(int64_t at) const { return page[at / kPage] + at % kPage; }
-};
-
-// Rows [low, high) of a block as columns of scratch.keys; zeros in the other columns of the sixteens that hold them.
+// Sixteen numbers of each of sixteen rows, `bytes` apart, to keys [16][kPage].
 template <Type type>
-void load_keys(const Call& call, const Place& place, int64_t low, int64_t high, float* keys) {
-  const Rows& rows = call.pool.keys;
-  const int64_t bytes = rows.dim * size_of(type);
+REALM_INLINE void turn(const uint8_t* first, int64_t bytes, const float* scales, float* keys) {
+#if defined(REALM_ISA_AVX512)
+  if constexpr (type == Type::kF16 || type == Type::kBF16) {  // shuffled before they are widened
+#pragma GCC unroll 2
+    for (int d = 0; d < 16; d += 8) {
+      __m512i pairs[4];
+      turn_halves(first + 2 * d, bytes, pairs);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        store(keys + (d + 2 * i) * kPage, widen<type>(_mm512_castsi512_si256(pairs[i])));
+        store(keys + (d + 2 * i + 1) * kPage, widen<type>(_mm512_extracti64x4_epi64(pairs[i], 1)));
+      }
+    }
+    return;
+  }
+#endif
+  F32 square[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    square[i] = load_row<type>(first + i * bytes);
+    if (type == Type::kI8) square[i] = square[i] * set(scales[i]);
+  }
+  transpose(square);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) store(keys + i * kPage, square[i]);
+}
+
+// The same for `count` numbers of rows [begin, end), the other columns zero.
+template <Type type>
+__attribute__((noinline)) void turn_some(const uint8_t* first, int64_t bytes, const float* scales, int64_t begin, int64_t end, int64_t count,
+                                         float* keys) {
+  F32 square[16];
+  for (int64_t i = 0; i < 16; ++i) {
+    square[i] = set(0.0f);
+    if (i < begin || i >= end) continue;
+    square[i] = load_row<type>(first + i * bytes, count);
+    if (type == Type::kI8) square[i] = square[i] * set(scales[i]);
+  }
+  transpose(square);
+  for (int64_t i = 0; i < 16 && i < count; ++i) store(keys + i * kPage, square[i]);
+}
+
+// Rows [low, high) of a page as columns of keys [dim][kPage]; zeros in the other columns of the sixteens that hold them.
+template <Type type>
+void load_keys(const Matrix& page, int64_t dim, int64_t low, int64_t high, float* keys, Ahead& ahead) {
   for (int64_t from = low / 16 * 16; from < high; from += 16) {
-    const uint8_t* first = rows.data + place.row(from) * bytes;
-    const float* scales = type == Type::kI8 ? rows.scales + place.row(from) : nullptr;
-    const int begin = static_cast<int>(low > from ? low - from : 0), end = static_cast<int>(high - from < 16 ? high - from : 16);
-    for (int64_t d = 0; d < rows.dim; d += 16) {
-      F32 square[16];
-      const int64_t count = rows.dim - d;
-      if (begin == 0 && end == 16 && count >= 16) {
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) {
-          square[i] = load_row<type>(first + i * bytes + d * size_of(type));
-          if (type == Type::kI8) square[i] = square[i] * set(scales[i]);
-        }
+    const uint8_t* first = page.data + from * page.bytes;
+    const float* scales = type == Type::kI8 ? page.scales + from : nullptr;
+    const int64_t begin = low > from ? low - from : 0, end = high - from < 16 ? high - from : 16;
+    for (int64_t d = 0; d < dim; d += 16) {
+      float* out = keys + d * kPage + from;
+      if (begin == 0 && end == 16 && dim - d >= 16) {
+        turn<type>(first + d * size_of(type), page.bytes, scales, out);
       } else {
-        for (int i = 0; i < 16; ++i) {
-          square[i] = set(0.0f);
-          if (i < begin || i >= end) continue;
-          square[i] = load_row<type>(first + i * bytes + d * size_of(type), count);
-          if (type == Type::kI8) square[i] = square[i] * set(scales[i]);
-        }
+        turn_some<type>(first + d * size_of(type), page.bytes, scales, begin, end, dim - d, out);
       }
-      transpose(square);
-      float* out = keys + d * kBlock + from;
-      if (count >= 16) {
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) store(out + i * kBlock, square[i]);
-      } else {
-        for (int i = 0; i < count; ++i) store(out + i * kBlock, square[i]);
-      }
+      ahead.ask(16 * 16 * size_of(type));
     }
   }
 }
 
-// Rows [low, high) of a block to the same rows of scratch.values, zeros behind value_dim.
+// Rows [low, high) of a page to values [high - low][width], zeros behind value_dim.
 template <Type type>
-void load_values(const Call& call, const Place& place, int64_t low, int64_t high, float* values) {
-  const Rows& rows = call.pool.values.dim ? call.pool.values : call.pool.keys;
-  const int64_t bytes = rows.dim * size_of(type), width = call.width();
-  for (int64_t at = low; at < high; ++at) {
-    const uint8_t* row = rows.data + place.row(at) * bytes;
-    const F32 scale = set(type == Type::kI8 ? rows.scales[place.row(at)] : 1.0f);
+void load_values(const Matrix& page, int64_t value_dim, int64_t width, int64_t low, int64_t high, float* values) {
+  for (int64_t at = low; at < high; ++at, values += width) {
+    const uint8_t* row = page.data + at * page.bytes;
+    const F32 scale = set(type == Type::kI8 ? page.scales[at] : 1.0f);
     for (int64_t d = 0; d < width; d += 16) {
-      const F32 x = load_row<type>(row + d * size_of(type), call.value_dim - d);
-      store(values + at * width + d, type == Type::kI8 ? x * scale : x);
+      const F32 x = load_row<type>(row + d * size_of(type), value_dim - d);
+      store(values + d, type == Type::kI8 ? x * scale : x);
     }
   }
 }
@@ -191,6 +232,9 @@ REALM_INLINE float soften(float* scores, int64_t from, int64_t to, int64_t low, 
 template <Type type>
 void one_part(const Call& call, const Tile& tile, int64_t super, const Scratch& scratch, const Sums& sums) {
   const int64_t width = call.width(), dim = call.pool.keys.dim;
+  const Rows& values = call.pool.values.dim ? call.pool.values : call.pool.keys;
+  // Few rows read values where they lie; many share a float32 copy.
+  const bool direct = tile.rows <= 2 * kRows && width == call.value_dim;
   for (int64_t r = 0; r < tile.rows; ++r) {
     sums.top[r] = kMasked;
     sums.total[r] = 0.0f;
@@ -201,19 +245,42 @@ void one_part(const Call& call, const Tile& tile, int64_t super, const Scratch& 
     const int64_t low = (tile.low > begin ? tile.low : begin) - begin;
     const int64_t high = (tile.high + 1 < begin + kBlock ? tile.high + 1 : begin + kBlock) - begin;
     if (low >= high) continue;
-    const Place place(call, tile, block);
+    const int64_t first_page = low / kPage, last_page = (high - 1) / kPage;
+    // What of a page's rows is seen.
+    auto page_low = [&](int64_t i) { return i == first_page ? low - i * kPage : 0; };
+    auto page_high = [&](int64_t i) { return i == last_page ? high - i * kPage : kPage; };
+    for (int64_t i = first_page; i <= last_page; ++i) {
+      const Matrix page = page_of(call, call.pool.keys, tile, 2 * block + i);
+      Ahead ahead(page_of(call, values, tile, 2 * block + i));
+      load_keys<type>(page, dim, page_low(i), page_high(i), scratch.keys, ahead);
+      const int64_t from = page_low(i) / 16 * 16, columns = (page_high(i) + 15) / 16 - from / 16;
+      const Matrix turned{reinterpret_cast<const uint8_t*>(scratch.keys + from), kPage * 4, nullptr};
+      multiply<Type::kF32>(tile.rows, columns, dim, scratch.q, dim, turned, nullptr, scratch.scores + i * kPage + from, kBlock,
+                           ahead);
+    }
     const int64_t from = low / 16 * 16, to = (high + 15) / 16 * 16;
-    load_keys<type>(call, place, low, high, scratch.keys);
-    multiply(tile.rows, (to - from) / 16, dim, scratch.q, dim, scratch.keys + from, kBlock, nullptr, scratch.scores + from, kBlock);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t position = call.positions[tile.batch * call.tokens + (tile.first + r) / call.group];
       const int64_t first = position < 0 ? kBlock : position - call.window + 1 - begin;
       scratch.keep[r] = soften(scratch.scores + r * kBlock, from, to, first > 0 ? first : 0, position + 1 - begin, call.softcap,
                                sums.top[r], sums.total[r]);
     }
-    load_values<type>(call, place, low, high, scratch.values);
-    multiply(tile.rows, width / 16, high - low, scratch.scores + low, kBlock, scratch.values + low * width, width, scratch.keep,
-             sums.mixed, width);
+    for (int64_t i = first_page; i <= last_page; ++i) {
+      const Matrix page = page_of(call, values, tile, 2 * block + i);
+      const int64_t at = page_low(i), depth = page_high(i) - at;
+      const bool more = begin + kBlock + i * kPage <= tile.high;  // the next block has such a page
+      Ahead ahead = more ? Ahead(page_of(call, call.pool.keys, tile, 2 * block + 2 + i)) : Ahead();
+      const float* weights = scratch.scores + i * kPage + at;
+      if (direct) {
+        const Matrix rows{page.data + at * page.bytes, page.bytes, page.scales == nullptr ? nullptr : page.scales + at};
+        multiply<type>(tile.rows, width / 16, depth, weights, kBlock, rows, scratch.keep, sums.mixed, width, ahead);
+      } else {
+        load_values<type>(page, call.value_dim, width, at, at + depth, scratch.values);
+        const Matrix rows{reinterpret_cast<const uint8_t*>(scratch.values), width * 4, nullptr};
+        multiply<Type::kF32>(tile.rows, width / 16, depth, weights, kBlock, rows, scratch.keep, sums.mixed, width, ahead);
+      }
+      for (int64_t r = 0; r < tile.rows; ++r) scratch.keep[r] = 1.0f;  // the second page adds to the first
+    }
   }
 }
 

@@ -147,11 +147,11 @@ struct Room {
     const int64_t width = call.width(), dim = call.pool.keys.dim;
     using C = Carver;
     thread_local Buffer buffer;
-    Carver carver(buffer.get(C::bytes<float>(rows * dim) + C::bytes<float>(dim * kBlock) + C::bytes<float>(kBlock * width) +
+    Carver carver(buffer.get(C::bytes<float>(rows * dim) + C::bytes<float>(dim * kPage) + C::bytes<float>(kPage * width) +
                              C::bytes<float>(rows * kBlock) + 5 * C::bytes<float>(rows) + 2 * C::bytes<float>(rows * width)));
     scratch.q = carver.take<float>(rows * dim);
-    scratch.keys = carver.take<float>(dim * kBlock);
-    scratch.values = carver.take<float>(kBlock * width);
+    scratch.keys = carver.take<float>(dim * kPage);
+    scratch.values = carver.take<float>(kPage * width);
     scratch.scores = carver.take<float>(rows * kBlock);
     scratch.keep = carver.take<float>(rows);
     for (Sums* s : {&sums, &more}) {

@@ -68,6 +68,31 @@ REALM_INLINE void transpose(F32* x) {
   }
 }
 
+// Eight 16-bit numbers of each of sixteen rows, `bytes` apart: number 2 i of all rows, then number 2 i + 1, to out[i].
+REALM_INLINE void turn_halves(const uint8_t* first, int64_t bytes, __m512i* out) {
+  __m512i a[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // quarter q: row 4 q + i
+    auto row = [&](int q) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(first + (4 * q + i) * bytes)); };
+    a[i] = _mm512_zextsi128_si512(row(0));
+    a[i] = _mm512_mask_broadcast_i32x4(a[i], 0x00F0, row(1));
+    a[i] = _mm512_mask_broadcast_i32x4(a[i], 0x0F00, row(2));
+    a[i] = _mm512_mask_broadcast_i32x4(a[i], 0xF000, row(3));
+  }
+  const __m512i low01 = _mm512_unpacklo_epi16(a[0], a[1]), high01 = _mm512_unpackhi_epi16(a[0], a[1]);
+  const __m512i low23 = _mm512_unpacklo_epi16(a[2], a[3]), high23 = _mm512_unpackhi_epi16(a[2], a[3]);
+  const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  out[0] = _mm512_permutexvar_epi64(order, _mm512_unpacklo_epi32(low01, low23));
+  out[1] = _mm512_permutexvar_epi64(order, _mm512_unpackhi_epi32(low01, low23));
+  out[2] = _mm512_permutexvar_epi64(order, _mm512_unpacklo_epi32(high01, high23));
+  out[3] = _mm512_permutexvar_epi64(order, _mm512_unpackhi_epi32(high01, high23));
+}
+template <Type type>
+REALM_INLINE F32 widen(__m256i x) {
+  if (type == Type::kF16) return {_mm512_cvtph_ps(x)};
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
+}
+
 #elif defined(REALM_ISA_AVX2)
 
 REALM_INLINE F32 max(F32 x, F32 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
