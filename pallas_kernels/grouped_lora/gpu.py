@@ -105,15 +105,25 @@ def add_deltas(
     shrunk = pl.pallas_call(
         functools.partial(_shrink, work=work),
         grid=(work.tiles, work.parts, len(adapters)),
+        in_specs=_whole(layer, slots, x) + [_padded_spec(one.a.shape, 2) for one in adapters],
+        out_specs=[_padded_spec((work.parts, m, rank), 2) for rank in work.ranks],
         out_shape=[jax.ShapeDtypeStruct((work.parts, m, rank), jnp.float32) for rank in work.ranks],
         compiler_params=parameters,
         interpret=interpret,
         name="grouped_lora_shrink",
     )(layer, slots, x, *(one.a for one in adapters))
-    operands = [layer, slots, *shrunk, *(one.b for one in adapters), *(one.scales for one in adapters)]
+    scales = [one.scales for one in adapters]
+    operands = [layer, slots, *shrunk, *(one.b for one in adapters), *scales]
     out = pl.pallas_call(
         functools.partial(_expand, work=work),
         grid=(work.tiles, work.first_program(len(adapters))),
+        in_specs=[
+            *_whole(layer, slots),
+            *(_padded_spec(t.shape, 2) for t in shrunk),
+            *(_padded_spec(one.b.shape, 3) for one in adapters),
+            *_whole(*scales, *bases),
+        ],
+        out_specs=_whole(*bases),
         out_shape=[jax.ShapeDtypeStruct(base.shape, jnp.float32) for base in bases],
         input_output_aliases={len(operands) + i: i for i in work.linears},
         compiler_params=parameters,
@@ -219,6 +229,20 @@ def _tile(slots_ref: Any, work: _Work) -> tuple[Any, Any, Any]:
     rank = jnp.where(before, new.astype(jnp.int32)[None, :], 0).sum(1)
     slot = jnp.where(new & (rank == number), slots, -1).max()
     return first, slot, (slots == slot) & (slots >= 0)
+
+
+def _whole(*arrays: jax.Array) -> list[Any]:
+    from jax.experimental import pallas as pl
+
+    return [pl.BlockSpec(a.shape, lambda *_, axes=a.ndim: (0,) * axes) for a in arrays]
+
+
+def _padded_spec(shape: tuple[int, ...], axis: int) -> Any:
+    """All of an array, as if its ranks, on ``axis``, were a power of two: kernels mask what is not there."""
+    from jax.experimental import pallas as pl
+
+    block = (*shape[:axis], _padded(shape[axis]), *shape[axis + 1 :])
+    return pl.BlockSpec(block, lambda *_: (0,) * len(shape))
 
 
 def _padded(rank: int) -> int:
