@@ -128,7 +128,8 @@ def _sweep(types: str | None) -> list[str]:
 @contextmanager
 def _file(name: str | None, layers: int | None, folder: Path | None) -> Iterator[Path]:
     """The file of a model's name; a shaped one is written, and removed again unless a folder keeps it."""
-    from .shapes import ALL_TYPES, MIXTURES, SHAPES, with_layers, write_model
+    from .model_files import write_model
+    from .shapes import ALL_TYPES, MIXTURES, SHAPES, with_layers
 
     shape, _, mixture = (name or "").partition(":")
     if shape not in SHAPES or mixture not in (*ALL_TYPES, *MIXTURES):

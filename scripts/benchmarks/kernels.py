@@ -268,7 +268,7 @@ def _paged_row(name: str, batch: int, tokens: int, context: int, sizes: Sizes, p
         return per_layer(operation, (q, pool, tables, positions), layers, sizes)
 
     mine = seconds(sizes.backend, layers)
-    theirs = None if sizes.backend == "xla" else seconds("xla", 2)
+    theirs = None if sizes.backend == "xla" else seconds("xla", layers)
     pairs = batch * tokens * (context - (tokens - 1) / 2)
     work = 4.0 * pairs * sizes.heads * d
     rate = f"{read / median(mine) * 1e-9:.4g} GB/s, {work / median(mine) * 1e-9:.4g} GFLOP/s"
@@ -344,7 +344,7 @@ def _lora_row(name: str, used: bool, sizes: Sizes, peaks: Peaks) -> Row:
         return per_layer(operation, (x, slots, a, b, scales, base), layers, sizes)
 
     mine = seconds(sizes.backend, layers)
-    theirs = None if sizes.backend == "xla" else seconds("xla", min(layers, 8))
+    theirs = None if sizes.backend == "xla" else seconds("xla", layers)
     limit = peaks.seconds(bytes) if used else None
     rate = f"{bytes / median(mine) * 1e-9:.4g} GB/s" if used else ""
     return row(name, mine, theirs, limit, rate, "XLA")

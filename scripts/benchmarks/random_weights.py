@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.quant_matmul import Format, native
+from pallas_kernels.quant_matmul import Format, dequantize, native
 
 Arrays = dict[str, np.ndarray]
 
 
 def random_rows(fmt: Format, n: int, k: int, rng: np.random.Generator) -> Arrays:
-    """A weight [N, K] in rows, of any format: every code alike, scales of one size, values mostly of 0.01 to 1."""
+    """A weight [N, K] in rows, of any format: all codes alike often, values of a deviation about 1 / sqrt(K)."""
     arrays: Arrays = {}
     for name, (shape, dtype) in fmt.spec((n, k)).items():
         if dtype.kind == "f" or dtype.name == "bfloat16":
@@ -23,6 +23,11 @@ def random_rows(fmt: Format, n: int, k: int, rng: np.random.Generator) -> Arrays
         else:
             count = int(np.prod(shape)) * dtype.itemsize
             arrays[name] = np.frombuffer(rng.bytes(count), dtype).reshape(shape)
+    some = dequantize({name: a[:2] for name, a in arrays.items()}, fmt)
+    factor = k**-0.5 / float(np.asarray(some).std())
+    for name, a in arrays.items():
+        if a.dtype.kind == "f" or a.dtype.name == "bfloat16":
+            arrays[name] = (a.astype(np.float32) * factor).astype(a.dtype)
     return arrays
 
 
