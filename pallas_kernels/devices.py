@@ -19,6 +19,12 @@ _CAPABILITIES = {
 }
 
 
+def platform() -> str:
+    """What programs are compiled for, "cpu", "gpu" or "tpu": as the abstract mesh in use says, else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def device_kind() -> str | None:
     """The name of the accelerator, such as "NVIDIA H100 80GB HBM3" or "TPU v5e"; None where programs run on a CPU.
 

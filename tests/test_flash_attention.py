@@ -3,6 +3,7 @@
 The Pallas kernels run in interpret mode here, and are lowered for cards and TPUs that are not there.
 """
 
+import functools
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,7 +15,16 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels.flash_attention import BACKENDS, UnsupportedError, api, blocks, flash_attention
+from pallas_kernels.flash_attention import (
+    BACKENDS,
+    UnsupportedError,
+    api,
+    blocks,
+    flash_attention,
+    gpu_hopper,
+    reference,
+)
+from pallas_kernels.flash_attention.case import Options, bounds_of
 
 TESTED = ["xla", "interpret", "interpret_tpu"]
 LIMIT = {"float32": 1e-6, "bfloat16": 1e-5, "float16": 1e-5}  # NMSE
@@ -194,10 +204,10 @@ def test_reference_of_windows_and_sinks() -> None:
     assert first(sinks=jnp.zeros(1), window=1) == [0, 0.5, 1, 1.5, 2, 2.5]
 
 
-def pieces(backend: str, case: Case, sizes: list[int], q: Any, k: Any, v: Any) -> np.ndarray:
+def pieces(backend: str, case: Case, sizes: list[int], q: Any, k: Any, v: Any, **named: Any) -> np.ndarray:
     """The queries of the only sequence computed in calls of ``sizes`` queries, keys being cut off behind the last."""
     step = jax.jit(
-        lambda q, k, v, start: flash_attention(q, k, v, starts=start, **case.static, backend=backend),
+        lambda q, k, v, start: flash_attention(q, k, v, starts=start, **named, **case.static, backend=backend),
     )
     out, at = [], 0
     for size in sizes:
@@ -207,14 +217,19 @@ def pieces(backend: str, case: Case, sizes: list[int], q: Any, k: Any, v: Any) -
     return np.concatenate([np.asarray(a) for a in out], axis=1)
 
 
-@pytest.mark.parametrize(("heads", "window"), [((1, 1), 0), ((6, 2), 40)])
-def test_bits_do_not_depend_on_how_queries_are_cut(heads: tuple[int, int], window: int) -> None:
-    case = Case(batch=1, queries=290, keys=290, heads=heads[0], kv_heads=heads[1], window=window, softcap=9.0)
-    (q, k, v), _ = case.arrays("float32")
-    want = np.asarray(jax.jit(lambda *a: flash_attention(*a, **case.static, backend="xla"))(q, k, v))
-    np.testing.assert_array_equal(pieces("xla", case, [200, 1, 2, 87], q, k, v), want)
-    np.testing.assert_array_equal(pieces("xla", case, [16] * 3, q, k, v), want[:, :48])
-    batch = jax.jit(lambda *a: flash_attention(*a, lengths=jnp.array([90, 290, 17]), **case.static, backend="xla"))
+@pytest.mark.parametrize(
+    ("heads", "window", "sizes"),
+    [((1, 1), 0, [[129, 1]]), ((6, 2), 40, [[200, 1, 2, 87], [16] * 3])],
+    ids=["one row", "grouped heads and window"],
+)
+def test_bits_do_not_depend_on_how_queries_are_cut(heads: tuple[int, int], window: int, sizes: list[list[int]]) -> None:
+    case = Case(1, 290, 290, *heads, window=window, softcap=0.1 * window, sinks=True)
+    (q, k, v), named = case.arrays("float32")
+    whole = functools.partial(flash_attention, **named, **case.static, backend="xla")
+    want = np.asarray(jax.jit(whole)(q, k, v))
+    for cut in sizes:
+        np.testing.assert_array_equal(pieces("xla", case, cut, q, k, v, **named), want[:, : sum(cut)])
+    batch = jax.jit(functools.partial(whole, lengths=jnp.array([90, 290, 17])))
     wide = [jnp.pad(jnp.tile(a, (3, 1, 1, 1)), ((0, 0), (0, 100), (0, 0), (0, 0))) for a in (q, k, v)]
     got = np.asarray(batch(*wide))
     for row, length in enumerate((90, 290, 17)):
@@ -284,12 +299,12 @@ def exported(case: Case, dtype: str, backend: str, platform: str, card: str | No
 
     def lower() -> Any:
         program = jax.jit(jax.grad(loss, (0, 1, 2)))
-        allowed = [jax.export.DisabledSafetyCheck.custom_call(TRITON)]
+        allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (TRITON, "mosaic_gpu_v2")]
         return jax.export.export(program, platforms=[platform], disabled_checks=allowed)(*shapes, named)
 
     if card is None:
         return lower().mlir_module()
-    device = AbstractDevice(device_kind=card, num_cores=None, platform="gpu")
+    device = AbstractDevice(device_kind=card, num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
         return lower().mlir_module()
 
@@ -308,6 +323,53 @@ LOWERED = [
 def test_lowers_for_cards(case: Case, dtype: str, card: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # block sizes of the card
     assert exported(case, dtype, "gpu", "cuda", CARDS[card]).count(f"@{TRITON}") == 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("case", "dtype"), [LOWERED[0], LOWERED[2], (Case(queries=300, keys=300, lengths=(9, 300), window=70), "float16")]
+)
+def test_lowers_for_hopper(case: Case, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    module = exported(case, dtype, "hopper", "cuda", CARDS["sm90"])
+    assert module.count("@mosaic_gpu") == 1
+    assert module.count(f"@{TRITON}") == 2  # backward
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(batch=1, queries=140, keys=140, heads=1, kv_heads=1),
+        Case(
+            queries=130,
+            keys=400,
+            heads=2,
+            kv_heads=1,
+            starts=(200, 17),
+            lengths=(330, 40),
+            window=70,
+            softcap=5.0,
+            sinks=True,
+            value_dim=128,
+        ),
+    ],
+)
+def test_hopper_kernel_simulated(case: Case) -> None:
+    """Its three warpgroups as threads, with barriers and copies, looking for races."""
+    plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip("this jax has no public simulator of Mosaic GPU")
+    (q, k, v), named = case.arrays("bfloat16")
+    sinks = named.get("sinks")
+    options = Options(case.causal, case.window, case.dim**-0.5, case.softcap, case.lengths is not None)
+    bounds = bounds_of(named.get("lengths"), named.get("starts"), case.batch, case.queries, case.keys)
+    wide = None if sinks is None else jnp.broadcast_to(sinks, (case.batch, case.heads))
+    simulator = plgpu.InterpretGPUParams(detect_races=True)
+    out, lse = jax.jit(lambda *a: gpu_hopper.forward(*a, options, interpret=simulator))(q, k, v, bounds, wide)
+    want, want_lse = reference.attention(*(a.astype(jnp.float32) for a in (q, k, v)), bounds, sinks, options)
+    assert nmse(out, want) < LIMIT["bfloat16"]
+    np.testing.assert_allclose(lse, want_lse, atol=1e-5)
 
 
 @pytest.mark.parametrize(("case", "dtype"), LOWERED)
@@ -370,6 +432,9 @@ def test_refusals() -> None:
             flash_attention(*odd, backend=backend)
         with pytest.raises(UnsupportedError, match="head size of 264"):
             flash_attention(*wide, backend=backend)
+    for arguments, reason in ((odd, "float32"), ([a.astype("float16") for a in odd], "head size of 100")):
+        with pytest.raises(UnsupportedError, match=reason):
+            flash_attention(*arguments, backend="hopper")
     with pytest.raises(UnsupportedError, match=", ".join(BACKENDS)):
         flash_attention(q, k, v, backend="cuda")
     for arguments, named, message in [

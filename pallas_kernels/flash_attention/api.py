@@ -15,14 +15,21 @@ from jax import lax
 
 from pallas_kernels.errors import UnsupportedError
 
-from . import gpu, reference, tpu, xla
+from . import gpu, gpu_hopper, reference, tpu, xla
 from .case import ABSENT, Options, bounds_of
 
 _log = logging.getLogger(__name__)
 _TYPES = ("float32", "bfloat16", "float16")
 
 # Which file serves which name. The two interpreted ones run a Pallas kernel step by step on any device: for tests.
-_BACKENDS: dict[str, Any] = {"xla": xla, "gpu": gpu, "tpu": tpu, "interpret": gpu, "interpret_tpu": tpu}
+_BACKENDS: dict[str, Any] = {
+    "xla": xla,
+    "gpu": gpu,
+    "hopper": gpu_hopper,
+    "tpu": tpu,
+    "interpret": gpu,
+    "interpret_tpu": tpu,
+}
 _PLATFORMS = {"cuda": "gpu", "tpu": "tpu"}  # what "auto" picks for the platform a program is lowered for; else "xla"
 BACKENDS = ("auto", "reference", *_BACKENDS)
 
@@ -58,8 +65,8 @@ def flash_attention(
         softcap: scores become softcap * tanh(scores / softcap); 0: none.
         sinks: float32 [heads], a logit per head that takes part in the normalisation alone.
         backend: one of ``BACKENDS``. "auto" takes the Pallas kernel of the platform the program is lowered for where
-            it supports the case, else "xla". "interpret" and "interpret_tpu" run the GPU's and the TPU's Pallas kernel
-            in interpret mode, for tests.
+            it supports the case, else "xla". "hopper" is another kernel for H100 and H200. "interpret" and
+            "interpret_tpu" run the GPU's and the TPU's Pallas kernel in interpret mode, for tests.
         return_lse: also return the logarithm of the sum of the exponentials of a query's scores and its sink, float32
             [B, T, heads]; -inf for a query that sees nothing.
 
@@ -74,7 +81,8 @@ def flash_attention(
     not fit together. Method: Dao 2023, FlashAttention-2, arXiv:2307.08691.
     """
     _check(q, k, v, lengths, starts, window, softcap, sinks)
-    options = Options(causal, window, q.shape[-1] ** -0.5 if scale is None else float(scale), float(softcap))
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    options = Options(causal, window, factor, float(softcap), lengths is not None)
     if not (math.isfinite(options.scale) and math.isfinite(options.softcap)):
         raise ValueError(f"scale {scale} and softcap {softcap} must be finite")
     _refuse(backend, q, k, v, options)
@@ -173,7 +181,7 @@ def _backward(
 
 
 def _how(name: str) -> dict[str, bool]:
-    return {} if name == "xla" else {"interpret": name.startswith("interpret")}
+    return {"interpret": True} if name.startswith("interpret") else {}
 
 
 def _dispatch(backend: str, options: Options, run: Callable[[str], Callable[..., Any]], *args: Any) -> Any:
@@ -182,7 +190,8 @@ def _dispatch(backend: str, options: Options, run: Callable[[str], Callable[...,
         return run(backend)(*args)
     branches = {}
     for platform, name in _PLATFORMS.items():
-        reason = unsupported(name, *args[:3], options)
+        q, k, v = args[:3]
+        reason = unsupported(name, q, k, v, options)
         if reason is None:
             branches[platform] = run(name)
         else:
@@ -196,7 +205,7 @@ def _say_once(line: str) -> None:
 
 
 def _merging_vmap(run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run``, whose arguments and results all begin with the axis B, with a vmap that merges the mapped axis into B."""
+    """``run``, whose arguments and results begin with the axis B, with a vmap that merges the mapped axis into B."""
     mapped = jax.custom_batching.custom_vmap(lambda *args: run(*args))
 
     @mapped.def_vmap

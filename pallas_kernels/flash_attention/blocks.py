@@ -1,7 +1,9 @@
 """Block sizes of the Pallas kernels: data, per device and size of head.
 
-The numbers for GPUs come from compiling the kernels with Triton for sm80 and sm90: shared memory that fits, tensor-core
-instructions used (wgmma on sm90), few or no registers spilled. They have not been timed yet. Those for TPUs are a guess. Blocks of keys divide ``case.KEY_BLOCK`` or are multiples of it.
+Those of the Triton kernels come from compiling them with Triton for sm80 and sm90: shared memory that fits, tensor-core
+instructions used (wgmma on sm90), few or no registers spilled. They have not been timed yet. Those for Hopper come from
+the sizes of shared memory and registers, and those for TPUs from what libtpu compiles. Blocks of keys divide
+``case.KEY_BLOCK`` or are multiples of it.
 """
 
 from dataclasses import dataclass
@@ -18,6 +20,15 @@ class GpuBlocks:
     keys: int
     warps: int
     stages: int
+
+
+@dataclass(frozen=True)
+class HopperBlocks:
+    """Of the Mosaic GPU kernel: keys per step, blocks in flight, registers of a computing thread."""
+
+    keys: int
+    stages: int
+    registers: int
 
 
 @dataclass(frozen=True)
@@ -45,12 +56,20 @@ _HALF_SMALL = {  # cards with 100 KB of shared memory
     "dq": {64: GpuBlocks(128, 32, 4, 3), 128: GpuBlocks(64, 32, 4, 2), 256: GpuBlocks(64, 16, 4, 1)},
     "dkv": {64: GpuBlocks(64, 64, 4, 2), 128: GpuBlocks(32, 64, 4, 2), 256: GpuBlocks(16, 64, 4, 1)},
 }
-# By compute capability: the first one not above the card's. Then by kernel and the larger head size: the first not below.
+# By compute capability: the first not above the card's. Then by kernel and the larger head size: the first not below.
 _HALF = {120: _HALF_SMALL, 90: _HALF_90, 86: _HALF_SMALL, 80: _HALF_80}
 _FLOAT32 = {  # products are three TF32 products of twice the bytes, on every card
     "forward": {64: GpuBlocks(64, 32, 4, 2), 128: GpuBlocks(64, 32, 4, 1), 256: GpuBlocks(32, 16, 4, 1)},
     "dq": {64: GpuBlocks(32, 32, 4, 1), 128: GpuBlocks(32, 32, 4, 1), 256: GpuBlocks(16, 16, 4, 1)},
     "dkv": {64: GpuBlocks(32, 32, 4, 1), 128: GpuBlocks(32, 32, 4, 1), 256: GpuBlocks(16, 16, 4, 1)},
+}
+# Shared memory in bytes: 256 D (and 256 DV where they differ) for queries and results, 2 (D + DV) * keys a stage;
+# 227 KB at most.
+_HOPPER = {
+    64: HopperBlocks(128, 4, 232),
+    128: HopperBlocks(128, 2, 232),
+    192: HopperBlocks(64, 3, 232),
+    256: HopperBlocks(64, 2, 232),
 }
 _TPU = {128: TpuBlocks(512, 512, 512, 512), 256: TpuBlocks(512, 512, 256, 256)}
 MAX_HEAD = 256
@@ -61,6 +80,10 @@ def gpu_blocks(kernel: str, head: int, float32: bool, capability: int) -> GpuBlo
     """For ``kernel`` (forward, dq, dkv), the larger head size of keys and values, and 10 * major + minor capability."""
     table = _FLOAT32 if float32 else _HALF[max(known for known in _HALF if known <= capability)]
     return _at_least(table[kernel], head)
+
+
+def hopper_blocks(head: int) -> HopperBlocks:
+    return _at_least(_HOPPER, head)
 
 
 def tpu_blocks(head: int) -> TpuBlocks:

@@ -14,12 +14,14 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class Options:
-    """Fixed at trace time. window 0 and softcap 0.0 mean none; scale multiplies the scores before the soft-cap."""
+    """Fixed at trace time. window 0 and softcap 0.0 mean none; scale multiplies the scores before the soft-cap; ragged
+    says that lengths are given."""
 
     causal: bool
     window: int
     scale: float
     softcap: float
+    ragged: bool
 
 
 def bounds_of(lengths: jax.Array | None, starts: jax.Array | None, batch: int, queries: int, keys: int) -> jax.Array:
@@ -37,7 +39,7 @@ def bounds_of(lengths: jax.Array | None, starts: jax.Array | None, batch: int, q
 
 
 def visible(position: Any, key: Any, options: Options) -> Any:
-    """Whether a query at ``position`` sees the key at position ``key`` (int32, broadcast), but for the sequence's end."""
+    """Whether a query at ``position`` sees the key at ``key`` (int32, broadcast), the sequence's end left aside."""
     distance = position - key
     seen = None
     if options.causal:
@@ -56,7 +58,9 @@ def key_span(first: Any, last: Any, keys: Any, options: Options) -> tuple[Any, A
     Returns (low, high, all_low, all_high), each a half-open range low..high within 0..keys; empty ranges may have
     high < low. All int32 scalars.
     """
-    low, high, all_low, all_high = 0, keys, 0, keys
+    low: Any = 0
+    all_low: Any = 0
+    high, all_high = keys, keys
     if options.causal:
         high, all_high = jnp.minimum(high, last + 1), jnp.minimum(all_high, first + 1)
     elif options.window:
@@ -69,7 +73,9 @@ def key_span(first: Any, last: Any, keys: Any, options: Options) -> tuple[Any, A
 def query_span(first: Any, last: Any, start: Any, queries: Any, options: Options) -> tuple[Any, Any, Any, Any]:
     """The reverse: query rows (0 is the one at position ``start``) that may see keys first..last, and those that see
     all of them; ranges within 0..queries, otherwise as ``key_span``."""
-    low, high, all_low, all_high = 0, queries, 0, queries
+    low: Any = 0
+    all_low: Any = 0
+    high, all_high = queries, queries
     if options.causal:
         low, all_low = jnp.maximum(low, first - start), jnp.maximum(all_low, last - start)
     elif options.window:

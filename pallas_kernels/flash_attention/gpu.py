@@ -126,7 +126,7 @@ def _kernel(
         top, total, acc = carry  # maximum before the factor [queries], sum of weights, weighted values by parts
         at = pl.ds(j * blocks.keys, blocks.keys)
         key = j * blocks.keys + jnp.arange(blocks.keys)
-        known = key < keys if masked else None
+        known: Any = key < keys if masked else None
         k = load(k_ref, at, parts, dims[0], known)
         scores, _ = capped(unit.product(q, k), options, unit)
         if masked:

@@ -32,7 +32,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As ``xla.backward``. blocks: other block sizes than the device's own, of the two kernels, for tuning."""
     dq_blocks, dkv_blocks = blocks or (blocks_for("dq", q, v), blocks_for("dkv", q, v))
-    shared = {"options": options, "interpret": interpret}
+    shared: dict[str, Any] = {"options": options, "interpret": interpret}
     dq = _query_gradient(q, k, v, bounds, lse, delta, grad, blocks=dq_blocks, **shared)
     return (dq, *_key_gradients(q, k, v, bounds, lse, delta, grad, blocks=dkv_blocks, **shared))
 
@@ -131,7 +131,7 @@ def _query_kernel(
     def step(masked, j, acc):
         at = pl.ds(j * blocks.keys, blocks.keys)
         key = j * blocks.keys + jnp.arange(blocks.keys)
-        known = key < keys if masked else None
+        known: Any = key < keys if masked else None
         k = load(k_ref, at, parts, dims[0], known)
         v = load(v_ref, at, value_parts, dims[1], known)
         scores, slope = capped(unit.product(q, k), options, unit)
@@ -247,7 +247,7 @@ def _key_kernel(
         dk, dv = carry
         at = pl.ds(i * blocks.queries, blocks.queries)
         rows = i * blocks.queries + jnp.arange(blocks.queries)
-        fresh = rows < queries if masked else None
+        fresh: Any = rows < queries if masked else None
         q = load(q_ref, at, parts, dims[0], fresh, head)
         grad = load(grad_ref, at, value_parts, dims[1], fresh, head)
         lse = triton.load(lse_ref.at[head, at], mask=fresh, other=ABSENT if masked else None) * LOG2_E

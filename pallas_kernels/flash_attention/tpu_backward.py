@@ -33,7 +33,7 @@ def backward(
     delta = jnp.pad(delta, per_row)[:, :, None]
     transposed = heads_first(k, keys, transposed=True)
     q, k, v, grad = heads_first(q, rows), heads_first(k, keys), heads_first(v, keys), heads_first(grad, rows)
-    shared = {"options": options, "rows": rows, "keys": keys, "interpret": interpret}
+    shared: dict[str, Any] = {"options": options, "rows": rows, "keys": keys, "interpret": interpret}
     dq = _query_gradient(bounds, q, k, transposed, v, grad, lse, delta, **shared)
     dk, dv = _key_gradients(bounds, q, k, v, grad, lse, delta, **shared)
     dk, dv = (a[:, :, :keys_given].swapaxes(1, 2).astype(dtype) for a in (dk, dv))

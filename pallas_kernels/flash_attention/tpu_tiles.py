@@ -14,7 +14,7 @@ from .case import Options, visible
 
 
 def scores_of(k: Any, q: Any, options: Options) -> tuple[Any, Any]:
-    """k [keys, D], q [queries, D] -> scores [keys, queries] up to ``natural_factor``; soft-cap's derivative (1.0: none)."""
+    """k [keys, D], q [queries, D] -> scores [keys, queries] up to ``natural_factor``, and the soft-cap's derivative."""
     scores = product(k, q, (1, 1))
     if options.softcap:
         squashed = jnp.tanh(scores * (options.scale / options.softcap))
@@ -67,4 +67,5 @@ def parameters(steps: int) -> Any:
     """Of a grid whose last axis runs in order and the ``steps`` before it in any."""
     from jax.experimental.pallas import tpu as pltpu
 
-    return pltpu.CompilerParams(dimension_semantics=("parallel",) * steps + ("arbitrary",))
+    semantics: Any = ("parallel",) * steps + ("arbitrary",)
+    return pltpu.CompilerParams(dimension_semantics=semantics)
