@@ -7,7 +7,7 @@ Needs llama-cpp-python (the oracle; no part of realm_jax needs it), gguf and num
     python scripts/make_goldens.py              # all cases
     python scripts/make_goldens.py llama gemma2 # some
     python scripts/make_goldens.py --quantized  # llama.cpp's distance from the reference on packed weights
-    python scripts/make_goldens.py --perplexity SmolLM2-135M-Instruct.Q4_1.gguf  # of the file LICENSE
+    python scripts/make_goldens.py --perplexity SmolLM2-135M-Instruct.Q4_1.gguf  # and divergence, on the file LICENSE
 
 llama.cpp runs with flash attention off and a float32 key/value cache, so that with float32 weights its logits differ
 from exact arithmetic only by rounding (and, for gemma, its half-precision GELU table). Each file holds the token ids,
@@ -36,6 +36,7 @@ GOLDENS = REPOSITORY / "tests" / "golden" / "logits"
 DISTANCES = REPOSITORY / "tests" / "golden" / "packed_distances.json"
 PERPLEXITY = REPOSITORY / "tests" / "golden" / "perplexity.json"
 EVERY = 4
+DIVERGENCE_CHUNKS, DIVERGENCE_TOKENS = 8, 256
 
 
 def llama_cpp_logits(path: Path, tokens: list[int], context: int) -> np.ndarray:
@@ -108,6 +109,24 @@ def nmse(reference: np.ndarray, other: np.ndarray) -> float:
     return float(((a - b) ** 2).sum() / (a**2).sum())
 
 
+def divergence(reference: np.ndarray, other: np.ndarray) -> float:
+    """Mean over positions of the Kullback-Leibler divergence of other's softmax from the reference's, in nats."""
+    p, q = (x.astype(np.float64) - x.max(1, keepdims=True) for x in (reference, other))
+    p, q = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (p, q))
+    return float((np.exp(p) * (p - q)).sum(1).mean())
+
+
+def llama_cpp_divergence(path: Path, text: str) -> float:
+    """llama.cpp's divergence from Realm's float32 path, which the tests hold to the reference, over chunks of a text."""
+    from realm_jax import LLM
+
+    with LLM(str(path), backend="xla") as exact:
+        tokens = exact.tokenize(text)
+        chunks = [tokens[i * DIVERGENCE_TOKENS :][:DIVERGENCE_TOKENS] for i in range(DIVERGENCE_CHUNKS)]
+        each = [divergence(exact.logits(c), llama_cpp_logits(path, c, DIVERGENCE_TOKENS)) for c in chunks]
+    return float(np.mean(each))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help="cases of tests/tiny_models.py (default: all)")
@@ -127,7 +146,17 @@ def main() -> None:
     if arguments.perplexity:
         value, chunks = llama_cpp_perplexity(arguments.perplexity, (REPOSITORY / "LICENSE").read_text())
         print(f"perplexity {value:.4f} over {chunks} chunks of 512 tokens")
-        record = {"text": "LICENSE", "context_length": 512, "chunks": chunks, "llama.cpp": round(value, 4)}
+        kl = llama_cpp_divergence(arguments.perplexity, (REPOSITORY / "LICENSE").read_text())
+        print(f"divergence from float32 {kl:.3e} over {DIVERGENCE_CHUNKS} chunks of {DIVERGENCE_TOKENS} tokens")
+        record = {
+            "text": "LICENSE",
+            "context_length": 512,
+            "chunks": chunks,
+            "llama.cpp": round(value, 4),
+            "divergence_chunks": DIVERGENCE_CHUNKS,
+            "divergence_tokens": DIVERGENCE_TOKENS,
+            "llama.cpp divergence": float(f"{kl:.4e}"),
+        }
         PERPLEXITY.write_text(json.dumps(record, indent=1) + "\n")
         return
     tokens = tiny_models.token_ids()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from reference_model import ReferenceModel
 
+from pallas_kernels import native
 from realm_jax import LLM, SamplingParams
 
 PROMPTS = [
@@ -62,3 +63,24 @@ def test_perplexity_is_llama_cpps(llm: LLM) -> None:
     ours = llm.perplexity(text, golden["context_length"])
     print(f"perplexity {ours:.4f}; llama.cpp {golden['llama.cpp']}")
     assert ours == pytest.approx(golden["llama.cpp"], rel=0.01)
+
+
+@pytest.mark.skipif(not native.available(), reason=native.why_not())
+def test_native_is_as_close_to_float32_as_llama_cpp(smollm2_path: Path, llm: LLM) -> None:
+    golden = json.loads((Path(__file__).parent / "golden" / "perplexity.json").read_text())
+    text = (Path(__file__).parent.parent / golden["text"]).read_text()
+    tokens, size = llm.tokenize(text), golden["divergence_tokens"]
+    chunks = [tokens[i * size :][:size] for i in range(golden["divergence_chunks"])]
+    with LLM(str(smollm2_path), backend="native") as quantized:
+        ours = float(np.mean([divergence(llm.logits(chunk), quantized.logits(chunk)) for chunk in chunks]))
+        perplexity = quantized.perplexity(text, golden["context_length"])
+    print(f"divergence {ours:.3e}; llama.cpp's {golden['llama.cpp divergence']:.3e}; perplexity {perplexity:.4f}")
+    assert ours <= 1.1 * golden["llama.cpp divergence"]
+    assert perplexity == pytest.approx(golden["llama.cpp"], rel=0.01)
+
+
+def divergence(reference: np.ndarray, other: np.ndarray) -> float:
+    """Mean over positions of the Kullback-Leibler divergence of other's softmax from the reference's, in nats."""
+    p, q = (x.astype(np.float64) - x.max(1, keepdims=True) for x in (reference, other))
+    p, q = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (p, q))
+    return float((np.exp(p) * (p - q)).sum(1).mean())
