@@ -12,7 +12,7 @@ from .pages import BLOCK_PAGES, PAGE_SIZE
 from .softmax import LOG2_E, MASKED, START, exponents, lookback, power, terms
 from .tiles import PART_PAGES, Tile
 
-MERGE_ROWS, _MERGE_UNROLL = 4, 8
+MERGE_ROWS, _MERGE_PARTS = 4, 8  # of a program of the merging kernel, and of a turn of its loop
 _ONES = 16  # columns of the product that sums weights, the fewest there can be
 
 
@@ -172,12 +172,14 @@ def merge_kernel(
         ]
         return _Part(top, jnp.broadcast_to(total[:, None], (MERGE_ROWS, 1)), tuple(mixed))
 
+    turn = 1 if static.interpret else _MERGE_PARTS
+
     def some(i: Any, whole: _Part) -> _Part:
-        parts = [read(i * _MERGE_UNROLL + j) for j in range(_MERGE_UNROLL)]  # loads that do not wait for each other
+        parts = [read(i * turn + j) for j in range(turn)]  # loads that do not wait for each other
         return functools.reduce(_merged, parts, whole)
 
-    begin = lax.div(jnp.where(position >= 0, first, count).min(), _MERGE_UNROLL)
-    chunks = lax.div(end.max() + _MERGE_UNROLL - 1, _MERGE_UNROLL)
+    begin = lax.div(jnp.where(position >= 0, first, count).min(), turn)
+    chunks = lax.div(end.max() + turn - 1, turn)
     whole = lax.fori_loop(begin, chunks, some, _start(static, MERGE_ROWS, 1))
     _finish(whole, rows, logits_ref[0] if logits_ref else None, out_ref, static)
 
