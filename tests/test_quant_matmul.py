@@ -220,7 +220,7 @@ def test_no_full_precision_copy_of_a_large_weight():
 
 def test_what_is_refused():
     arrays, x = weights("Q8_0", (24, 64)), rows(2, 64)
-    with pytest.raises(UnsupportedError, match="'cuda' is not available for quant_matmul; accepted: auto, native, xla"):
+    with pytest.raises(UnsupportedError, match="'cuda' is not available for quant_matmul; accepted: auto, native, gpu"):
         quant_matmul(x, arrays, FORMATS["Q8_0"], backend="cuda")
     with pytest.raises(BackendError, match="'pallas'"):
         QuantizedTensor(arrays, "Q8_0").matmul(x, backend="pallas")
@@ -228,7 +228,7 @@ def test_what_is_refused():
         QuantizedTensor(weights("Q8_0", (2, 24, 64)), "Q8_0").expert_matmul(x, jnp.zeros(2, int), backend="pallas")
     with pytest.raises(ValueError, match="x has 64 columns, the weight 96"):
         quant_matmul(x, weights("Q8_0", (24, 96)), FORMATS["Q8_0"])
-    with pytest.raises(ValueError, match="2 axes, expected 3"):
+    with pytest.raises(ValueError, match="expected 3 axes"):
         quant_matmul(x, arrays, FORMATS["Q8_0"], layer=0)
     with pytest.raises(ValueError, match="expert_ids has shape \\(3,\\), expected \\(2,\\)"):
         expert_matmul(x, jnp.zeros(3, int), weights("Q8_0", (2, 24, 64)), FORMATS["Q8_0"])

@@ -5,17 +5,21 @@ requests becomes one matmul over all their rows), the backend innermost.
 
 A weight's arrays come in one of two layouts: rows, as formats.py describes, which any platform reads; or tiles, which
 `native.tile` makes of them and the native CPU kernels read. Which backend serves which is the table BACKENDS.
+
+The Pallas kernels multiply in bfloat16, as JAX's own dots do by default on the devices they are for;
+jax.default_matmul_precision("float32"), or "highest", makes them multiply in float32.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ..devices import platform
 from ..errors import UnsupportedError
-from . import native, xla
+from . import gpu, native, tpu, xla
 from .experts import for_each_expert
 from .formats import Format
 from .reference import dequantize
@@ -53,14 +57,34 @@ def _native_unsupported(weight: Weight) -> str | None:
     return native.unsupported(weight.fmt) or (None if weight.tiled else "it reads weights as tiles, and these are rows")
 
 
-# In the order in which "auto" asks: name -> why it cannot take a weight, or None.
-BACKENDS: dict[str, Callable[[Weight], str | None]] = {"native": _native_unsupported, "xla": _xla_unsupported}
+# The Pallas kernels: the module of each backend, and whether its kernel is interpreted, on any device, for tests.
+_PALLAS: dict[str, tuple[Any, bool]] = {
+    "gpu": (gpu, False),
+    "tpu": (tpu, False),
+    "interpret": (gpu, True),
+    "interpret_tpu": (tpu, True),
+}
+
+
+def _pallas_unsupported(name: str, weight: Weight) -> str | None:
+    module, interpreted = _PALLAS[name]
+    return _xla_unsupported(weight) or module.unsupported(weight.fmt, weight.arrays, interpreted)
+
+
+# Name -> why it cannot take a weight, or None.
+BACKENDS: dict[str, Callable[[Weight], str | None]] = {
+    "native": _native_unsupported,
+    **{name: partial(_pallas_unsupported, name) for name in _PALLAS},
+    "xla": _xla_unsupported,
+}
+# What "auto" asks, in this order, by the platform that programs are compiled for.
+_ORDER = {"gpu": ("gpu", "xla"), "tpu": ("tpu", "xla")}
 
 
 def resolve(backend: str, weight: Weight) -> str:
     """The backend that a name stands for with this weight; UnsupportedError, with the reason, when there is none."""
     if backend == "auto":
-        reasons = {name: unsupported(weight) for name, unsupported in BACKENDS.items()}
+        reasons = {name: BACKENDS[name](weight) for name in _ORDER.get(platform(), ("native", "xla"))}
         for name, reason in reasons.items():
             if reason is None:
                 return name
@@ -162,13 +186,14 @@ def _dense(specs: tuple[tuple[Format, int | None], ...], backend: str) -> Callab
             return (sum(parts[1:], start=parts[0]),)
 
     else:
+        matmul, _ = _rows_kernels(backend)
 
         def each(matmul, xs, arrays, lead):
-            places = [(i,) for i in lead] or [()] * len(specs)
+            places: list[Any] = [(i,) for i in lead] or [()] * len(specs)
             return [matmul(x, a, fmt, i) for x, a, (fmt, _), i in zip(xs, arrays, specs, places)]
 
         def forward(xs, _, arrays, lead):
-            return tuple(each(xla.matmul, xs * len(specs), arrays, lead))
+            return tuple(each(matmul, xs * len(specs), arrays, lead))
 
         def backward(gs, _, arrays, lead):
             parts = each(xla.matmul_transposed, gs, arrays, lead)
@@ -186,8 +211,7 @@ def _experts(spec: tuple[Format, int | None], backend: str) -> Callable[..., tup
         [x], [arrays] = xs, arrays
         if backend == "native":
             return (native.expert_matmul(x, ids, (arrays, fmt, n), lead),)
-        *_, experts, width, _ = Weight(arrays, fmt, n).shape
-        return (for_each_expert(x, ids, experts, width, lambda rows, e: xla.matmul(rows, arrays, fmt, (*lead, e))),)
+        return (_rows_kernels(backend)[1](x, ids, arrays, fmt, lead),)
 
     def backward(gs, ids, arrays, lead):
         [g], [arrays] = gs, arrays
@@ -201,6 +225,27 @@ def _experts(spec: tuple[Format, int | None], backend: str) -> Callable[..., tup
         return (for_each_expert(g, ids, experts, k, matmul),)
 
     return _operation(forward, backward)
+
+
+def _rows_kernels(backend: str) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+    """matmul(x, arrays, fmt, lead) and expert_matmul(x, ids, arrays, fmt, lead) of a backend that reads rows."""
+    if backend == "xla":
+        return xla.matmul, _xla_experts
+    module, interpret = _PALLAS[backend]
+
+    def rounded(x: jax.Array) -> jax.Array:
+        exact = jax.config.jax_default_matmul_precision in ("float32", "highest")  # type: ignore[attr-defined]
+        return x if exact else x.astype(jnp.bfloat16)
+
+    return (
+        lambda x, *weight: module.matmul(rounded(x), *weight, interpret=interpret),
+        lambda x, *weight: module.expert_matmul(rounded(x), *weight, interpret=interpret),
+    )
+
+
+def _xla_experts(x: jax.Array, ids: jax.Array, arrays: Arrays, fmt: Format, lead: tuple[Any, ...]) -> jax.Array:
+    *_, experts, width, _ = Weight(arrays, fmt).shape
+    return for_each_expert(x, ids, experts, width, lambda rows, e: xla.matmul(rows, arrays, fmt, (*lead, e)))
 
 
 @cache

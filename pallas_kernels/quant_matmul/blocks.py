@@ -1,7 +1,7 @@
 """Block sizes of the Pallas kernels: data, per device.
 
-The numbers for GPUs come from compiling the kernel with Triton for sm80 and sm90 and reading what it made: wgmma on sm90,
-few registers spilled, shared memory that fits. They have not been timed yet. Those for TPUs are a guess.
+The numbers for GPUs come from compiling the kernel with Triton for sm80 and sm90 and reading what it made: wgmma on
+sm90, few registers spilled, shared memory that fits. They have not been timed yet. Those for TPUs are a guess.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,12 @@ _BF16 = {90: _BF16_90, 80: _BF16_80}
 
 
 def gpu_blocks(rows: int, float32: bool, capability: int | None) -> GpuBlocks:
-    """For ``rows`` rows of x and 10 * major + minor capability; None (not a CUDA card, or one unknown) counts as 8.0."""
+    """For ``rows`` rows of x and 10 * major + minor capability; None (no CUDA card, or one unknown) counts as 8.0."""
     known = capability if capability is not None and capability >= MIN_CAPABILITY else MIN_CAPABILITY
     table = _F32 if float32 else _BF16[max(c for c in _BF16 if c <= known)]
     return next((blocks for blocks in table if blocks.rows >= rows), table[-1])
+
+
+def tpu_rows(rows: int, k: int) -> int:
+    """Rows of x in a program: all, of at most 256 and 4 MiB as float32, in multiples of 16."""
+    return min(max(16, min(256, (1 << 20) // k // 16 * 16)), -(-rows // 16) * 16)

@@ -1,8 +1,9 @@
 """The Pallas kernel for NVIDIA cards of compute capability 8.0 and above, through Triton.
 
-A program owns a tile of the weight's rows and a block of rows of x. It reads a step of 256 columns of the packed weight,
-unpacks it in registers and multiplies it by x on the tensor cores; the weight is the left factor, so that few rows of x
-cost no more than the memory traffic. Nothing dequantized is ever written to memory, and the stack is read in place.
+A program owns a tile of the weight's rows and a block of rows of x. It reads a step of 256 columns of the packed
+weight, unpacks it in registers and multiplies it by x on the tensor cores; the weight is the left factor, so that few
+rows of x cost no more than the memory traffic. Nothing dequantized is ever written to memory, and the stack is read in
+place.
 
 Numerics: x bfloat16 rounds the dequantized weight to bfloat16 as well (NMSE about 5e-6); x float32 multiplies in three
 TF32 products (better than 1e-6). Sums are float32: over the steps of a segment of at most 1,024 columns, then over the
@@ -26,6 +27,7 @@ from pallas_kernels.devices import cuda_capability
 from .blocks import MIN_CAPABILITY, GpuBlocks, gpu_blocks
 from .formats import Format
 from .reference import Groups
+from .sorting import sort_by_expert
 from .unpack import ONE, delta_of, fraction, scales, weigher
 
 STEP, BYTES_STEP = 256, 128  # columns read, unpacked and multiplied at a time; of formats with a byte to a code
@@ -52,7 +54,10 @@ def unsupported(fmt: Format, arrays: Arrays, interpreted: bool = False) -> str |
 
 
 def matmul(x: jax.Array, arrays: Arrays, fmt: Format, lead: tuple[Any, ...], *, interpret: bool = False) -> jax.Array:
-    """x [M, K] float32 or bfloat16 times weight ``lead`` (an index a leading axis) of a stack [..., N, K] -> f32 [M, N]."""
+    """x [M, K] float32 or bfloat16 times weight ``lead`` (an index a leading axis) of a stack [..., N, K].
+
+    Returns float32 [M, N].
+    """
     m = x.shape[0]
     blocks = gpu_blocks(m, x.dtype == jnp.float32, cuda_capability())
     return _call(x, arrays, fmt, lead, None, None, -(-m // blocks.rows), blocks, interpret)
@@ -67,20 +72,8 @@ def expert_matmul(
     """
     m, experts = x.shape[0], next(iter(arrays.values())).shape[-3]
     blocks = gpu_blocks(2 * -(-m // experts), x.dtype == jnp.float32, cuda_capability())
-    ids = jnp.clip(ids, 0, experts - 1)
-    order = jnp.argsort(ids, stable=True)  # [M] rows, grouped by expert
-    counts = jnp.zeros(experts, jnp.int32).at[ids].add(1)
-    first = jnp.cumsum(counts) - counts  # [E] where an expert's rows begin in ``order``
-    ends = jnp.cumsum(-(-counts // blocks.rows))  # [E] of its blocks
-    count = min(m, experts + m // blocks.rows)  # of blocks, at most
-    block = jnp.arange(count)
-    expert = jnp.searchsorted(ends, block, side="right").astype(jnp.int32)  # [count]; E for blocks without rows
-    known = jnp.minimum(expert, experts - 1)
-    begin = jnp.where(known > 0, ends[known - 1], 0)
-    at = (block - begin)[:, None] * blocks.rows + jnp.arange(blocks.rows)  # [count, rows] among its expert's rows
-    valid = (expert < experts)[:, None] & (at < counts[known][:, None])
-    rows = jnp.where(valid, order[jnp.clip(first[known][:, None] + at, 0, m - 1)], m).astype(jnp.int32)
-    return _call(x, arrays, fmt, lead, expert, rows.reshape(-1), count, blocks, interpret)
+    expert, rows = sort_by_expert(ids, experts, blocks.rows)
+    return _call(x, arrays, fmt, lead, expert, rows, expert.shape[0], blocks, interpret)
 
 
 @dataclass(frozen=True)
@@ -94,7 +87,7 @@ class _Work:
     lead: int
     blocks: GpuBlocks
     split: bool
-    experts: int | None
+    experts: int  # 0: every row meets the same weight
     interpret: bool
 
     @property
@@ -130,7 +123,7 @@ def _call(
     from jax.experimental.pallas import triton
 
     m, k = x.shape
-    experts = None if expert is None else next(iter(arrays.values())).shape[-3]
+    experts = 0 if expert is None else next(iter(arrays.values())).shape[-3]
     n = next(iter(arrays.values())).shape[-2]
     columns = pl.cdiv(n, blocks.columns)
     work = _Work(fmt, m, n, k, len(lead), blocks, row_blocks * columns < SPLIT_PROGRAMS, experts, interpret)
@@ -167,6 +160,7 @@ def _kernel(numbers_ref: Any, *refs: Any, work: _Work, names: tuple[str, ...]) -
         lead = (*lead, jnp.minimum(expert, work.experts - 1))
         at = triton.load(groups[1].at[at])  # rows of x; M for none
     n = pl.program_id(1) * blocks.columns + jnp.arange(blocks.columns)
+    part = pl.program_id(2)
     tile = _Tile(work, dict(zip(names, weight_refs)), x_ref, lead, jnp.minimum(at, work.m - 1), n, one)
 
     def segment(i: Any) -> Any:  # float32 [columns, rows]
@@ -180,12 +174,12 @@ def _kernel(numbers_ref: Any, *refs: Any, work: _Work, names: tuple[str, ...]) -
     @pl.when(used)
     def _() -> None:
         if work.split or segments == 1:
-            total = segment(pl.program_id(2))
+            total = segment(part)
         else:
             zero = jnp.zeros((blocks.columns, blocks.rows), jnp.float32)
             total = lax.fori_loop(0, segments, lambda i, total: total + segment(i), zero)
         mask = (at < work.m)[None, :] & (n < work.n)[:, None]
-        triton.store(out_ref.at[pl.program_id(2), at[None, :], n[:, None]], total, mask=mask)
+        triton.store(out_ref.at[part, at[None, :], n[:, None]], total, mask=mask)
 
 
 class _Tile:
@@ -220,7 +214,9 @@ class _Tile:
         groups = i * (BYTES_STEP // group) + jnp.arange(BYTES_STEP // group)
         index, cell = (*self.lead, self.n[:, None]), groups * (group // CELL)
         codes = self._load(self.arrays["codes"], (*index, k[None, :]), (k // CELL)[None, :])
-        scale = self._load(self.arrays["scales"], (*index, (groups // (self.fmt.group // group))[None, :]), cell[None, :])
+        scale = self._load(
+            self.arrays["scales"], (*index, (groups // (self.fmt.group // group))[None, :]), cell[None, :]
+        )
         values = codes.astype(jnp.float32).reshape(-1, BYTES_STEP // group, group)
         weight = scale.astype(jnp.float32)[:, :, None] * values
         cell = i * (BYTES_STEP // CELL) + jnp.arange(BYTES_STEP // CELL)
@@ -263,7 +259,7 @@ class _Tile:
                 delta = delta_of(stored[part], 3)
             elif fmt.scale == "iq1m":  # a sign for each run
                 delta = delta_of(stored[part], 3 + run % 2)
-            out.append(weigher(Groups(factors[part], offsets[part], delta), fmt, self.one))
+            out.append(weigher(Groups(factors[part], offsets[part], delta), fmt))
         return out
 
     def _stored(self, name: str, kind: str, cell: Any) -> list[Any]:

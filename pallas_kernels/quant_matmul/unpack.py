@@ -1,12 +1,13 @@
 """From codes in words to values, for the Pallas kernels: a handful of arithmetic instructions per weight, no gathers.
 
-A code is brought into the top of a float's mantissa under the exponent of 1.0, by a shift and a selection of bits
-per plane; read as a float32 it is f = 1 + code / 2^bits, so that scale * (code - bias + delta) + offset is one multiply and
+A code is brought into the top of a float's mantissa under the exponent of 1.0, by a shift and a selection of bits per
+plane; read as a float32 it is f = 1 + code / 2^bits, so that scale * (code - bias + delta) + offset is one multiply and
 add of f. Codebooks are computed: a table of magnitudes under a sign bit that bends upwards is the largest of a few
 lines, IQ4's is a rounded polynomial of degree four, and what is left is a tree of selects.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -20,12 +21,12 @@ from .reference import IQ1_DELTA, Groups, _e8m0, _ue4m3
 
 ONE = 0x3F800000  # 1.0; kernels get it at run time: as a constant, the compiler would load it again for every weight
 MANTISSA = 23
-ROUNDER = 1.5 * 2.0**23  # added and taken away again it rounds to a whole number
 
 
 def fraction(words: list[tuple[Any, int]], fmt: Format, one: Any) -> Any:
-    """f = 1 + code / 2^bits, float32. words: for each plane the uint32 words and the bit at which the code's part starts.
+    """f = 1 + code / 2^bits, float32.
 
+    words: for each plane the uint32 words and the bit at which the code's part starts.
     one: uint32 ONE, unknown to the compiler.
     """
     at, out = MANTISSA - sum(fmt.planes), one
@@ -38,7 +39,7 @@ def fraction(words: list[tuple[Any, int]], fmt: Format, one: Any) -> Any:
     return lax.bitcast_convert_type(out, jnp.float32)
 
 
-def weigher(groups: Groups, fmt: Format, one: Any) -> Callable[[Any], Any]:
+def weigher(groups: Groups, fmt: Format) -> Callable[[Any], Any]:
     """f -> weight, for elements that share ``groups`` (scale, offset or None, delta or None)."""
     codes = float(1 << sum(fmt.planes))
     scale, offset, delta = groups
@@ -49,8 +50,8 @@ def weigher(groups: Groups, fmt: Format, one: Any) -> Callable[[Any], Any]:
         return lambda f: f * slope + constant
     value = _table(fmt.table)
     if offset is None:
-        return lambda f: value(f, one) * scale
-    return lambda f: value(f, one) * scale + offset
+        return lambda f: value(f) * scale
+    return lambda f: value(f) * scale + offset
 
 
 def scales(stored: Any, kind: str, fmt: Format) -> Any:
@@ -71,36 +72,35 @@ def delta_of(stored: Any, bit: int) -> Any:
 
 
 @cache
-def _table(table: tuple[int, ...]) -> Callable[[Any, Any], Any]:
-    """(f, one) -> table[code] as float32, exactly, for f = 1 + code / len(table)."""
+def _table(table: tuple[int, ...]) -> Callable[[Any], Any]:
+    """f -> table[code] as float32, exactly, for f = 1 + code / len(table)."""
     size, half = len(table), len(table) // 2
     if half < 2 or table[half:] != tuple(-v for v in table[:half]):
         return _values(table, size)
     magnitude = _values(table[:half], size)
 
-    def signed(f: Any, one: Any) -> Any:
+    def signed(f: Any) -> Any:
         bits = lax.bitcast_convert_type(f, jnp.uint32)
         sign = (bits << jnp.uint32(32 - MANTISSA)) & jnp.uint32(1 << 31)
         rest = lax.bitcast_convert_type(bits & jnp.uint32(0xFFFFFFFF ^ (1 << (MANTISSA - 1))), jnp.float32)
-        return lax.bitcast_convert_type(lax.bitcast_convert_type(magnitude(rest, one), jnp.uint32) ^ sign, jnp.float32)
+        return lax.bitcast_convert_type(lax.bitcast_convert_type(magnitude(rest), jnp.uint32) ^ sign, jnp.float32)
 
     return signed
 
 
-def _values(values: tuple[int, ...], size: int) -> Callable[[Any, Any], Any]:
-    """(f, one) -> values[code] for f = 1 + code / size."""
+def _values(values: tuple[int, ...], size: int) -> Callable[[Any], Any]:
+    """f -> values[code] for f = 1 + code / size."""
 
-    def largest(f: Any, one: Any) -> Any:
+    def largest(f: Any) -> Any:
         parts = [f * float(a * size) + float(b - a * size) for a, b in lines]
         return functools.reduce(jnp.maximum, parts)
 
-    def rounded(f: Any, one: Any) -> Any:
+    def rounded(f: Any) -> Any:
         c = f * float(size) - (size + (len(values) - 1) / 2)  # the code, less the middle of its range
         out = functools.reduce(lambda out, coefficient: out * c + coefficient, coefficients)
-        rounder = lax.bitcast_convert_type(one, jnp.float32) * ROUNDER
-        return (out + rounder) - rounder
+        return jnp.floor(out + 0.5)
 
-    def tree(f: Any, one: Any) -> Any:
+    def tree(f: Any) -> Any:
         bits = lax.bitcast_convert_type(f, jnp.uint32)
         level, bit = [jnp.float32(v) for v in values], MANTISSA - (size.bit_length() - 1)
         while len(level) > 1:
@@ -118,7 +118,7 @@ def _values(values: tuple[int, ...], size: int) -> Callable[[Any, Any], Any]:
 
 def _lines(values: tuple[int, ...]) -> list[tuple[int, int]]:
     """The lines (a, b) whose largest a * code + b is values[code]; none when values do not bend upwards throughout."""
-    steps = [b - a for a, b in zip(values, values[1:])]
+    steps = [b - a for a, b in itertools.pairwise(values)]
     if steps != sorted(steps):
         return []
     return [(a, values[steps.index(a)] - a * steps.index(a)) for a in sorted(set(steps))]
