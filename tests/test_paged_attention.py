@@ -22,7 +22,9 @@ from pallas_kernels.paged_attention import (
     reference,
 )
 
-BACKENDS = ["xla", pytest.param("native", marks=pytest.mark.skipif(not available(), reason=why_not()))]
+slow = pytest.mark.slow
+needs_native = pytest.mark.skipif(not available(), reason=why_not())
+BACKENDS = ["xla", pytest.param("native", marks=needs_native)]
 DTYPES = ["float32", "float16", "bfloat16", "int8"]
 LAYERS, LAYER = 2, 1
 
@@ -105,35 +107,50 @@ def nmse(ours: np.ndarray, exact: np.ndarray) -> float:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_the_reference(backend: str, case: str) -> None:
-    problem = Problem(case)
-    assert nmse(problem.run(backend, [300]), problem.expected()) < 1e-12
-    assert nmse(problem.run(backend, [299, 1]), problem.expected()) < 1e-12
+    problem = Problem(case, length=200)
+    ours = problem.run(backend, [199, 1])
+    assert nmse(ours, problem.expected()) < 1e-12
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("case", ["grouped", "odd", "latent"])
+@pytest.mark.parametrize("case", ["odd", pytest.param("grouped", marks=slow), pytest.param("latent", marks=slow)])
 def test_short_rows(backend: str, dtype: str, case: str) -> None:
     """Exact on the rows as they are cached; and against float32 rows, their own error and no more."""
     problem = Problem(case, dtype)
-    ours = problem.run(backend, [296, 3, 1])
+    ours = problem.run(backend, [299, 1])
     assert nmse(ours, problem.expected()) < 1e-12
     exact = Problem(case)
-    exact.run("xla", [300])
+    exact.run(backend, [299, 1])
     # A row's relative error is 2^-12 or 2^-9 at most, or half of 1/127 of its largest element.
     assert nmse(ours, exact.expected()) < {"float16": 1e-6, "bfloat16": 2e-5, "int8": 5e-4}[dtype]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("case", ["grouped", "multi-head", "gemma2", "gpt-oss", "latent"])
-def test_bits_do_not_depend_on_chunks_batch_or_blocks(backend: str, dtype: str, case: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "case", "dtype"),
+    [
+        pytest.param(
+            backend,
+            case,
+            dtype,
+            marks=[needs_native]
+            if backend == "native"
+            else [slow]
+            if (case, dtype) != ("multi-head", "float16")
+            else [],
+        )
+        for backend in ("xla", "native")
+        for case in ("grouped", "multi-head", "gemma2", "gpt-oss", "latent")
+        for dtype in ("float32", "float16")
+    ],
+)
+def test_bits_do_not_depend_on_chunks_batch_or_blocks(backend: str, case: str, dtype: str) -> None:
     length = 650  # six blocks, two partial results
     problem = Problem(case, dtype, batch=3, length=length)
     whole = problem.run(backend, [length])
     kept = jax.tree.map(np.asarray, problem.after)
-    cuts = [[128] * 5 + [10], [500, 1, 2, 5, 8, 16, 18, 100]]
-    if case in ("grouped", "latent"):
+    cuts = [[128] * 5 + [10], [500, 1, 2, 5, 8, 128, 6]]
+    if backend == "native" and case in ("multi-head", "latent"):
         cuts += [[16] * 40 + [10], [600] + [1] * 50]
     for cut in cuts:
         np.testing.assert_array_equal(problem.run(backend, cut), whole, err_msg=str(cut))
@@ -233,7 +250,7 @@ def test_vmap_over_windows_and_pools() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
-@pytest.mark.parametrize(("batch", "size"), [(1, 1), (2, 1), (1, 16)])
+@pytest.mark.parametrize(("batch", "size"), [(1, 1), pytest.param(2, 1, marks=slow), pytest.param(1, 16, marks=slow)])
 def test_a_donated_pool_is_written_in_place(backend: str, dtype: str, batch: int, size: int) -> None:
     """Carried through a loop over layers, too: a copy of the pool would be seen in the temporaries."""
     pool = allocate_pages(LAYERS, 512, 2, 32, 32, dtype)
@@ -267,7 +284,7 @@ def test_append_writes_the_rows_of_every_sequence_and_nothing_else(backend: str,
     append = jax.jit(append_rows, static_argnames="backend")
     pages, heads, dim, size = 7, 2, 3, 16
 
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=8, deadline=None)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         rng = np.random.default_rng(data.draw(st.integers(0, 1 << 30)))

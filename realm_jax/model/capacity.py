@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from realm_jax.cache import BLOCK_SIZE
+from realm_jax.cache import BLOCK_SIZE, row_dtype
 from realm_jax.errors import CapacityError
 from realm_jax.model.config import ModelConfig
 
@@ -26,11 +26,11 @@ def memory_limit() -> int | None:
     return min(limits, default=None)
 
 
-def check_fits(config: ModelConfig, weights: int) -> None:
+def check_fits(config: ModelConfig, weights: int, backend: str) -> None:
     """CapacityError when `weights` bytes and the cache of one sequence of the full context are more than there is."""
     limit = memory_limit()
     tokens = -(-config.context_length // BLOCK_SIZE) * BLOCK_SIZE
-    cache = tokens * config.cache_values_per_token * 4  # float32 rows, the largest that a backend wants
+    cache = tokens * config.cache_values_per_token * row_dtype(backend).itemsize
     if limit is not None and weights + cache > limit:
         raise CapacityError(
             f"the weights need {weights:,} bytes and the cache {cache:,} for a context of {config.context_length} "

@@ -81,7 +81,7 @@ def load_model(
         with open_gguf(source) as file:
             return load_model(file, context_length, progress, backend=backend)
     config, specs = check_model(source, context_length)
-    check_fits(config, sum(source.tensors[spec.name].nbytes for spec in specs))
+    check_fits(config, sum(source.tensors[spec.name].nbytes for spec in specs), backend)
     reader = _Reader(source, specs, progress, tiled=backend == "native")
     groups: dict[str, list[TensorSpec]] = {}
     layer_stacks: list[dict[str, str]] = [{} for _ in range(config.num_layers)]
