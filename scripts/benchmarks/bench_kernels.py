@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         "quick": arguments.quick,
     }
     cache = machine.last_level_cache()
-    with machine.Meter(machine.threads(), max(256, min(4 * cache >> 20, 1024))) as meter:
-        for _ in range(3):  # the limits of all rows are of these
+    with machine.Meter(machine.threads(), 8 if arguments.tiny else max(256, min(4 * cache >> 20, 1024))) as meter:
+        for _ in range(1 if arguments.tiny else 3):  # the limits of all rows are of these
             meter.measure()
         if platform == "cpu":
             from pallas_kernels import native

@@ -14,7 +14,7 @@ from pallas_kernels.paged_attention import PAGE_SIZE, KVPages, paged_attention
 from pallas_kernels.paged_attention import reference as paged_reference
 from pallas_kernels.quant_matmul import FORMATS, dequantize, quant_matmul
 
-from .random_weights import random_stack
+from .random_weights import on_host, random_stack
 from .report import Row
 
 TOLERANCE = 1e-5  # NMSE, with bfloat16 or float16 on the way
@@ -63,7 +63,7 @@ def _matmul(name: str, backend: str, rng: np.random.Generator, tiny: bool) -> fl
     """The worst of several row counts."""
     arrays, _, k = _weight(name, tiny)
     fmt = FORMATS[name]
-    with jax.default_device(jax.devices("cpu")[0]):
+    with on_host():
         dense = np.asarray(dequantize({key: np.asarray(a)[1] for key, a in arrays.items()}, fmt), np.float64)
     worst = 0.0
     for count in (1, 5) if tiny else (1, 3, 8, 16, 100):
@@ -134,7 +134,8 @@ def _lora(backend: str, rng: np.random.Generator) -> float:
     )
     chosen = jnp.asarray([0, 3, -1, 3, 1, 2, -1], jnp.int32)
     scales = np.asarray([1.0, 0.5, 2.0, -1.0], np.float32)
-    result = jax.jit(lambda *args: grouped_lora(*args, base=base, backend=backend))(x, chosen, a, b, scales)
+    run = jax.jit(lambda base, *rest: grouped_lora(*rest, base=base, backend=backend))
+    result = run(base, x, chosen, a, b, scales)
     expected = base.astype(np.float64)
     for i, slot in enumerate(np.asarray(chosen)):
         if slot >= 0:

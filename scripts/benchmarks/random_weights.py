@@ -2,11 +2,17 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from pallas_kernels.quant_matmul import Format, dequantize, native
 
 Arrays = dict[str, np.ndarray]
+
+
+def on_host() -> Any:
+    """A context in which JAX computes on the CPU, where it need not compile every small operation for a GPU."""
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
 def random_rows(fmt: Format, n: int, k: int, rng: np.random.Generator) -> Arrays:
@@ -23,8 +29,9 @@ def random_rows(fmt: Format, n: int, k: int, rng: np.random.Generator) -> Arrays
         else:
             count = int(np.prod(shape)) * dtype.itemsize
             arrays[name] = np.frombuffer(rng.bytes(count), dtype).reshape(shape)
-    some = dequantize({name: a[:2] for name, a in arrays.items()}, fmt)
-    factor = k**-0.5 / float(np.asarray(some).std())
+    with on_host():
+        some = np.asarray(dequantize({name: a[:2] for name, a in arrays.items()}, fmt))
+    factor = k**-0.5 / float(some.std())
     for name, a in arrays.items():
         if a.dtype.kind == "f" or a.dtype.name == "bfloat16":
             arrays[name] = (a.astype(np.float32) * factor).astype(a.dtype)

@@ -44,7 +44,7 @@ class Row:
     @property
     def of_limit(self) -> float | None:
         """Which part of the limit is reached; 1 is all of it, either way round."""
-        return self._better(self.figure, self.limit)
+        return None if self.unit == "NMSE" else self._better(self.figure, self.limit)
 
     def _better(self, figure: float | None, other: float | None) -> float | None:
         if not figure or not other:
