@@ -83,10 +83,10 @@ def main(argv: list[str] | None = None) -> int:
     report.write(arguments.json, "bench_peer", rows, about, settings | {"models": facts})
     print(f"{about['cpu']}, {arguments.threads} threads, {', '.join(str(f['file']) for f in facts.values())}")
     peak = ", ".join(f"{name} {report.number(value)}" for name, value in vars(peaks).items())
-    print(
-        f"measured here, 1e9 a second: {peak}; medians of {plan.repeats}; {time.perf_counter() - begun:.0f} s in all\n"
-    )
-    print(report.table(rows))
+    seconds = time.perf_counter() - begun
+    print(f"measured here, 1e9 a second: {peak}; medians of up to {plan.repeats}; {seconds:.0f} s in all")
+    report.warn_if_busy(meter.busy)
+    print("\n" + report.table(rows))
     return 0 if any(row.figure is not None for row in rows) else 1
 
 
@@ -179,7 +179,7 @@ def _compare(
             note(f"{label}decode {batch}")
             samples, steps = _timed_steps(engines, plan.steps, plan.repeats, seconds, "decode", "steps", batch=batch)
             timed.append((f"decode {batch}", batch, samples, steps))
-            meter.measure()
+            meter.measure(alone=False)
         rows: list[Row] = []
         for what, tokens, samples, steps in timed:
             limit = work.seconds(meter.peaks, tokens)

@@ -64,9 +64,13 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         self._folder.cleanup()
 
-    def measure(self) -> Peaks:
-        """Takes a second or two, with nothing else of this script at work; the best of all measurements so far."""
-        self.busy = max(self.busy, _busy_share())
+    def measure(self, alone: bool = True) -> Peaks:
+        """Takes a second or two; returns the best of all measurements so far.
+
+        alone: nothing of this script is at work, nor still spinning after work, so that `busy` can be told.
+        """
+        if alone:
+            self.busy = max(self.busy, _busy_share())
         if self._program is None:
             now = Peaks(_numpy_bandwidth(self.threads, self.mebibytes))
         else:
