@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from pallas_kernels import native
 from pallas_kernels.flash_attention import (
     BACKENDS,
     UnsupportedError,
@@ -24,9 +25,11 @@ from pallas_kernels.flash_attention import (
     gpu_hopper,
     reference,
 )
+from pallas_kernels.flash_attention import native as flash_native
 from pallas_kernels.flash_attention.case import Options, bounds_of
 
-TESTED = ["xla", "interpret", "interpret_tpu"]
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason=native.why_not()))
+TESTED = ["xla", NATIVE, "interpret", "interpret_tpu"]
 LIMIT = {"float32": 1e-6, "bfloat16": 1e-5, "float16": 1e-5}  # NMSE
 TRITON = "__gpu$xla.gpu.triton"
 CARDS = {"T4": "Tesla T4", "sm80": "NVIDIA A100-SXM4-80GB", "sm90": "NVIDIA H100 80GB HBM3"}
@@ -83,8 +86,7 @@ CASES = {
     "more queries than a tile": Case(batch=1, queries=300, keys=300, lengths=(290,), window=200),
 }
 FIRST, SECOND, THIRD = list(CASES)[:3]
-QUICK = [(backend, name, dtype) for backend in TESTED for name, dtype in ((FIRST, "float32"), (SECOND, "bfloat16"))]
-QUICK.append(("xla", THIRD, "float16"))
+QUICK = [(FIRST, "float32"), (SECOND, "bfloat16")]
 
 
 @pytest.fixture(autouse=True)
@@ -159,9 +161,25 @@ def check(backend: str, case: Case, dtype: str) -> None:
             assert not np.asarray(a, np.float32)[where].any()
 
 
-@pytest.mark.parametrize(("backend", "name", "dtype"), QUICK)
+@pytest.mark.parametrize("backend", TESTED)
+@pytest.mark.parametrize(("name", "dtype"), QUICK)
 def test_against_the_reference(backend: str, name: str, dtype: str) -> None:
     check(backend, CASES[name], dtype)
+
+
+@pytest.mark.parametrize("backend", ["xla", NATIVE])
+def test_half_precision_and_other_head_sizes(backend: str) -> None:
+    check(backend, CASES[THIRD], "float16")
+
+
+@pytest.mark.skipif(not native.available(), reason=native.why_not())
+@pytest.mark.parametrize("isa", native.ISAS)
+def test_native_on_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.ISAS.index(isa) > native.isa():
+        pytest.skip(f"this machine has no {isa}")
+    monkeypatch.setattr(flash_native, "isa", lambda: native.ISAS.index(isa))
+    for name in ("queries before and behind the keys", "one query", "more queries than a tile"):
+        check("native", CASES[name], "float32")
 
 
 @pytest.mark.slow
@@ -169,6 +187,8 @@ def test_against_the_reference(backend: str, name: str, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", LIMIT)
 @pytest.mark.parametrize("name", CASES)
 def test_all_cases_and_types(backend: str, name: str, dtype: str) -> None:
+    if backend == "native" and "bidirectional window" in name:
+        pytest.skip("refused")
     check(backend, CASES[name], dtype)
 
 
@@ -217,18 +237,21 @@ def pieces(backend: str, case: Case, sizes: list[int], q: Any, k: Any, v: Any, *
     return np.concatenate([np.asarray(a) for a in out], axis=1)
 
 
+@pytest.mark.parametrize("backend", ["xla", NATIVE])
 @pytest.mark.parametrize(
     ("heads", "window", "sizes"),
     [((1, 1), 0, [[129, 1]]), ((6, 2), 40, [[200, 1, 2, 87], [16] * 3])],
     ids=["one row", "grouped heads and window"],
 )
-def test_bits_do_not_depend_on_how_queries_are_cut(heads: tuple[int, int], window: int, sizes: list[list[int]]) -> None:
+def test_bits_do_not_depend_on_how_queries_are_cut(
+    backend: str, heads: tuple[int, int], window: int, sizes: list[list[int]]
+) -> None:
     case = Case(1, 290, 290, *heads, window=window, softcap=0.1 * window, sinks=True)
     (q, k, v), named = case.arrays("float32")
-    whole = functools.partial(flash_attention, **named, **case.static, backend="xla")
+    whole = functools.partial(flash_attention, **named, **case.static, backend=backend)
     want = np.asarray(jax.jit(whole)(q, k, v))
     for cut in sizes:
-        np.testing.assert_array_equal(pieces("xla", case, cut, q, k, v, **named), want[:, : sum(cut)])
+        np.testing.assert_array_equal(pieces(backend, case, cut, q, k, v, **named), want[:, : sum(cut)])
     batch = jax.jit(functools.partial(whole, lengths=jnp.array([90, 290, 17])))
     wide = [jnp.pad(jnp.tile(a, (3, 1, 1, 1)), ((0, 0), (0, 100), (0, 0), (0, 0))) for a in (q, k, v)]
     got = np.asarray(batch(*wide))
@@ -246,7 +269,7 @@ def test_kernels_bits_do_not_depend_on_how_queries_are_cut(backend: str) -> None
     np.testing.assert_array_equal(pieces(backend, case, [96, 54], q, k, v), want)
 
 
-@pytest.mark.parametrize("backend", ["xla", pytest.param("interpret", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["xla", NATIVE, pytest.param("interpret", marks=pytest.mark.slow)])
 def test_vmap_merges_into_the_batch(backend: str) -> None:
     case = Case(queries=20, keys=20)
     (q, k, v), _ = case.arrays("float32")
@@ -366,8 +389,14 @@ def test_hopper_kernel_simulated(case: Case) -> None:
     bounds = bounds_of(named.get("lengths"), named.get("starts"), case.batch, case.queries, case.keys)
     wide = None if sinks is None else jnp.broadcast_to(sinks, (case.batch, case.heads))
     simulator = plgpu.InterpretGPUParams(detect_races=True)
+    exact = [a.astype(jnp.float32) for a in (q, k, v)]
+    if case.lengths is not None:
+        no_query, no_key = (jnp.asarray(a)[..., None, None] for a in padding(case))
+        q, k, v = (
+            jnp.where(where, jnp.nan, a).astype(a.dtype) for where, a in zip((no_query, no_key, no_key), (q, k, v))
+        )
     out, lse = jax.jit(lambda *a: gpu_hopper.forward(*a, options, interpret=simulator))(q, k, v, bounds, wide)
-    want, want_lse = reference.attention(*(a.astype(jnp.float32) for a in (q, k, v)), bounds, sinks, options)
+    want, want_lse = reference.attention(*exact, bounds, sinks, options)
     assert nmse(out, want) < LIMIT["bfloat16"]
     np.testing.assert_allclose(lse, want_lse, atol=1e-5)
 

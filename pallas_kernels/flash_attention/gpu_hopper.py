@@ -295,7 +295,8 @@ def _warpgroups(
             total = total * keep + jnp.exp2(sink - new_top)
             top, acc = new_top, acc * across(keep, acc)
         total = jnp.where(some, total, 1.0)
-        acc = acc * across(jnp.where(some, 1.0 / total, 0.0), acc)
+        keep = across(jnp.where(some, 1.0 / total, 0.0), acc)
+        acc = jnp.where(keep > 0.0, acc * keep, 0.0)  # a query that is padding may be NaN
         out_tile[...] = acc.astype(out_ref.dtype)
         shared.lse[me] = jnp.where(some, (top + jnp.log(total) * LOG2_E) * (1 / LOG2_E), -jnp.inf)
         plgpu.commit_smem()
