@@ -9,9 +9,10 @@ import pytest
 import tiny_models
 
 from realm_jax.engine import runner as runner_module
-from realm_jax.engine.runner import Runner, resolve_backend
+from realm_jax.engine.runner import Runner
 from realm_jax.errors import BackendError
 from realm_jax.model import load_model
+from realm_jax.model.backend import resolve_backend
 
 # Plain, experts, windows with soft-caps, sinks, latent attention.
 CASES = ["llama", "llama-moe", "gemma2", "gpt-oss", "deepseek2"]
@@ -45,7 +46,7 @@ def test_chunks_and_single_steps_agree_with_one_pass(models: dict, case: str) ->
     whole = runner.step_all(ids, 0, table[0])
     parts = [runner.step_all(ids[a:b], a, table[0]) for a, b in [(0, 1), (1, 17), (17, 130), (130, 190)]]
     parts += [np.asarray(runner.step([ids[i : i + 1]], [i], table))[:1] for i in range(190, 200)]
-    np.testing.assert_allclose(np.concatenate(parts), whole, atol=2e-4)
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -177,7 +178,7 @@ def test_compiled_program_does_not_grow_with_depth(tmp_path: Path) -> None:
     assert sizes[1] <= 1.05 * sizes[0]
 
 
-@pytest.mark.parametrize("name", ["native", "pallas", "cuda", ""])
+@pytest.mark.parametrize("name", ["pallas", "cuda", ""])
 def test_backends_that_are_not_there_are_refused(name: str) -> None:
     with pytest.raises(BackendError, match="backend"):
         resolve_backend(name)
