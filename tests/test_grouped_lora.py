@@ -369,7 +369,7 @@ def test_what_is_refused():
         grouped_lora_many(x, slots, [(a, b, scales)], bases=[jnp.zeros((3, 12))] * 2)
 
 
-def test_native_says_why_not(monkeypatch):
+def test_native_says_why_not(monkeypatch, caplog):
     from pallas_kernels.grouped_lora import native as backend
 
     monkeypatch.setattr(backend, "available", lambda: False)
@@ -377,7 +377,10 @@ def test_native_says_why_not(monkeypatch):
     case = api.case_of(3, (adapters(np.random.default_rng(0), 1, 2, 4, 16, 12),))
     with pytest.raises(UnsupportedError, match="grouped_lora, backend 'native': no compiler"):
         api.resolve("native", case)
-    assert api.resolve("auto", case) == "xla"
+    api._say_once.cache_clear()
+    with caplog.at_level("INFO", logger="pallas_kernels.grouped_lora.api"):
+        assert api.resolve("auto", case) == api.resolve("auto", case) == "xla"
+    assert caplog.messages == ["grouped_lora is served by XLA: no compiler"]
 
 
 CARDS = {"sm80": "NVIDIA A100-SXM4-80GB", "sm90": "NVIDIA H100 80GB HBM3", "T4": "Tesla T4"}

@@ -4,6 +4,7 @@ custom_vjp lies outside, custom_vmap inside it (a vmap over requests becomes one
 innermost. Gradients are computed by XLA on every platform.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
@@ -18,6 +19,8 @@ from ..errors import UnsupportedError
 from . import xla
 from .case import DTYPES, Adapters, Case, case_of
 
+_log = logging.getLogger(__name__)
+
 # Who serves: the module of each backend, and whether its kernel is interpreted. A module has add_deltas (see xla.py)
 # and unsupported(case), the reason why it does not take a case, or None.
 _MODULES = {
@@ -28,18 +31,22 @@ _MODULES = {
     "interpret": ("gpu", True),
     "interpret_tpu": ("tpu", True),
 }
-_ORDER = {"cpu": ("native", "xla"), "gpu": ("gpu", "xla"), "tpu": ("tpu", "xla")}  # what "auto" tries, by platform
+_KERNELS = {"cpu": "native", "gpu": "gpu", "tpu": "tpu"}  # what "auto" takes by platform, XLA where that does not serve
 BACKENDS = ("auto", *_MODULES)
 
 
 def resolve(backend: str, case: Case) -> str:
-    """The backend that serves a case: the one named, or for "auto" the first that takes it on JAX's default platform.
+    """The backend that serves a case: the one named, or for "auto" the kernel of JAX's default platform where it takes
+    the case, else "xla", with a line in the log that says why.
 
     Raises UnsupportedError when there is none of that name or it does not take the case, with the reason.
     """
     if backend == "auto":
-        order = _ORDER.get(jax.default_backend(), ("xla",))
-        return next(name for name in order if _module(name).unsupported(case) is None)
+        name = _KERNELS.get(jax.default_backend(), "xla")
+        reason = _module(name).unsupported(case)
+        if reason is not None:
+            _say_once(f"grouped_lora is served by XLA: {reason}")
+        return "xla" if reason is not None else name
     if backend not in _MODULES:
         raise UnsupportedError(
             f"backend {backend!r} is not available for grouped_lora; accepted: {', '.join(BACKENDS)}"
@@ -155,6 +162,11 @@ def _check_shape(name: str, array: Any, expected: tuple[int, ...]) -> None:
 
 def _module(backend: str) -> ModuleType:
     return import_module(f".{_MODULES[backend][0]}", __package__)
+
+
+@cache
+def _say_once(line: str) -> None:
+    _log.info(line)
 
 
 @cache

@@ -15,8 +15,9 @@ namespace ffi = xla::ffi;
 namespace realm {
 namespace {
 
-constexpr int64_t kRowChunk = 64;           // rows of one chunk of work
+constexpr int64_t kRowChunk = 32;           // rows of one chunk of work, at most
 constexpr int64_t kChunkBytes = 32 << 10;   // of adapter that one chunk of work reads, about
+constexpr int64_t kManyRows = 16;           // of a group: from there on chunks are cut by rows, so that x is read once
 constexpr int64_t kAloneBytes = 96 << 10;   // of adapter, times rows: below it no other thread is woken
 
 const LoraKernels& kernels_of(int64_t isa) {
@@ -149,8 +150,9 @@ ffi::Error grouped_lora(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buff
   for (Linear& one : linears) {
     one.t = carver.take<float>(active * one.a.rows);
     for (const Group& group : groups) {
-      for (int64_t r = 0; r < one.a.rows; r += one.ranks_each) {
-        shrinks.push_back({&one, &group, r, std::min(r + one.ranks_each, one.a.rows)});
+      const int64_t ranks = group.count < kManyRows ? one.ranks_each : one.a.rows;
+      for (int64_t r = 0; r < one.a.rows; r += ranks) {
+        shrinks.push_back({&one, &group, r, std::min(r + ranks, one.a.rows)});
       }
       for (int64_t c = 0; c < one.b.rows; c += one.outputs_each) {
         expands.push_back({&one, &group, c, std::min(c + one.outputs_each, one.b.rows)});
