@@ -32,8 +32,8 @@ def loaded(case: str, folder: Path, backend: str) -> Any:
 @pytest.mark.parametrize(
     ("case", "precision", "limit"),
     [
-        ("llama-moe", "float32", 1e-6),  # what remains is the float16 of the cache
-        *(pytest.param(c, "float32", 1e-6, marks=SLOW) for c in ("llama-Q4_K_M", "gemma2", "gpt-oss", "deepseek2")),
+        ("llama-moe", "float32", 1e-5),  # what remains is the float16 of the cache
+        *(pytest.param(c, "float32", 1e-5, marks=SLOW) for c in ("llama-Q4_K_M", "gemma2", "gpt-oss", "deepseek2")),
         *(pytest.param(c, "bfloat16", 1e-3, marks=SLOW) for c in ("llama-Q4_K_M", "llama-moe", "gemma2")),
     ],
 )
