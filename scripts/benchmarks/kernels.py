@@ -213,7 +213,8 @@ def _matmul_peer(fmt: Format, x: jax.Array, sizes: Sizes) -> tuple[list[float] |
     """The same product by XLA from packed rows, or from bfloat16 weights by XLA's dot, which is cuBLAS on a GPU."""
     n, k = sizes.matrix
     if sizes.peer == "library":
-        return _dense_seconds(x.shape[0], sizes), "cuBLAS bf16"
+        name = "cuBLAS bf16" if jax.default_backend() == "gpu" else "XLA bf16"
+        return _dense_seconds(x.shape[0], sizes), name
     if sizes.backend == "xla":
         return None, ""
     packed = jax.device_put(random_stack(fmt, 2, n, k))  # this path is nowhere near the memory's speed
