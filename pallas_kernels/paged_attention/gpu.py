@@ -4,8 +4,8 @@ A program takes a tile of rows, the queries of some tokens for all heads that sh
 pages of their sequence one by one. The positions are cut into parts of PART_PAGES pages from position 0 on; the partial
 results of the parts are merged in order. Two forms give the same bits:
 
-* split, for few rows: a program per part and tile, so that a short query over a long context fills the card; a second
-  kernel merges.
+* split, for few rows: programs share the parts of a tile, so that a short query over a long context fills the card; a
+  second kernel merges.
 * whole, for many rows: a program per tile goes through all parts and merges as it goes.
 
 Bits do not depend on the form, on the tile or on the company, for these reasons: factors of sums are powers of two (see
@@ -24,7 +24,7 @@ from ..errors import UnsupportedError
 from .gpu_kernels import MERGE_ROWS, Columns, Static, merge_kernel, parts_of, split_kernel, whole_kernel
 from .pages import PAGE_SIZE, Case, KVPages
 from .softmax import query_factor
-from .tiles import MIN_CAPABILITY, PART_PAGES, Tile, programs, tiles
+from .tiles import MAX_HEAD, MIN_CAPABILITY, PART_PAGES, Tile, programs, tiles
 from .xla import append_rows
 
 __all__ = ["append_rows", "paged_attention", "unsupported"]
@@ -77,11 +77,6 @@ def paged_attention(
                 f"{name} of the pool are int8 {array.shape}: Triton's offsets wrap in arrays of 2 to 4 GiB; take a "
                 "larger pool or a smaller one"
             )
-    if pool.latent:
-        value_parts = parts_of(0, value_dim)
-        key_parts = value_parts + parts_of(value_dim, head_dim)
-    else:
-        key_parts, value_parts = parts_of(0, head_dim), parts_of(0, value_dim)
     group = heads // kv_heads
     pair = _tiles(head_dim, value_dim, dtype)
     if pair is None:
@@ -92,6 +87,11 @@ def paged_attention(
     rows_each = tokens * group
     if split is None:  # as soon as whole tiles cannot occupy half of the card
         split = _cdiv(rows_each, many.rows) * kv_heads * batch < programs(cuda_capability()) // 2
+    # Sums are written by way of shared memory, some columns at a time. Products with keys are cut up in the same way in
+    # both forms, as their bits go by it.
+    most = 64 if split or pool.latent else MAX_HEAD
+    value_parts = parts_of(0, value_dim, most)
+    key_parts = value_parts + parts_of(value_dim, head_dim, most) if pool.latent else parts_of(0, head_dim)
     static = Static(
         tile=few if split and rows_each <= few.rows else many,
         tokens=tokens,
@@ -203,8 +203,7 @@ def _split(operands: list[jax.Array], rows: list[jax.Array], static: Static, bus
     batch, _, kv_heads = rows[0].shape[:3]
     count = _cdiv(static.rows, static.tile.rows)
     parts = _cdiv(operands[3].shape[1], PART_PAGES)
-    # A program takes every lanes-th part: a long table costs no programs that find nothing to do.
-    lanes = min(parts, _cdiv(2 * busy, count * kv_heads * batch))
+    lanes = max(1, min(parts, busy // (count * kv_heads * batch)))  # programs that share the parts of a tile
     shape = (batch, kv_heads, parts, static.rows)
     spec = pl.BlockSpec((None, None, parts, static.rows), lambda i, h, b: (b, h, 0, 0))
     dims = (parts, static.rows, _padded(static.value_parts))

@@ -10,7 +10,7 @@ from jax import lax
 
 from .pages import BLOCK_PAGES, PAGE_SIZE
 from .softmax import LOG2_E, MASKED, START, exponents, lookback, power, terms
-from .tiles import PART_PAGES, Tile
+from .tiles import MAX_HEAD, PART_PAGES, Tile
 
 MERGE_ROWS, _MERGE_PARTS = 4, 8  # of a program of the merging kernel, and of a turn of its loop
 _ONES = 16  # columns of the product that sums weights, the fewest there can be
@@ -77,12 +77,12 @@ class _Span(NamedTuple):
     end: Any
 
 
-def parts_of(first: int, end: int) -> tuple[Columns, ...]:
-    """Elements first..end-1 of a head in powers of two from 16 on, large ones first; the last may reach over end."""
+def parts_of(first: int, end: int, most: int = MAX_HEAD) -> tuple[Columns, ...]:
+    """Elements first..end-1 of a head in powers of two, 16..most, large ones first; the last may reach over end."""
     parts = []
     while first < end:
         size = 16
-        while first + 2 * size <= end:
+        while first + 2 * size <= end and size < most:
             size *= 2
         parts.append(Columns(first, size, end))
         first += size
@@ -120,20 +120,34 @@ def split_kernel(*refs: Any, static: Static, count: int, lanes: int) -> None:
     inside = rows < static.rows
     span = _span(inputs, rows, static)
     step = _step(inputs, rows, span, static)
-    first = lax.div(span.begin, PART_PAGES) + lax.div(pl.program_id(0), count)
-    end = lax.div(span.end + PART_PAGES - 1, PART_PAGES)
+    # The parts that the tile sees are shared out evenly, neighbours to one program, which never stops loading pages.
+    first, end = lax.div(span.begin, PART_PAGES), lax.div(span.end + PART_PAGES - 1, PART_PAGES)
+    share = lax.div(jnp.maximum(end - first, 0) + lanes - 1, lanes)
+    first = first + lax.div(pl.program_id(0), count) * share
+    begin = jnp.maximum(first * PART_PAGES, span.begin)
+    end = jnp.minimum(jnp.minimum(first + share, end) * PART_PAGES, span.end)
 
-    def one(i: Any, _: None) -> None:
-        number = first + i * lanes
-        begin = jnp.maximum(number * PART_PAGES, span.begin)
-        carry = _page(inputs, begin), _start(static)
-        _, part = lax.fori_loop(begin, jnp.minimum((number + 1) * PART_PAGES, span.end), step, carry)
+    def write(number: Any, part: _Part) -> None:
         triton.store(top_ref.at[number, rows], part.top, mask=inside)
         triton.store(total_ref.at[number, rows], part.total.max(1), mask=inside)
         for columns, values in zip(static.value_parts, part.mixed):
             triton.store(mixed_ref.at[number, rows[:, None], columns.index()], values, mask=columns.mask(inside))
 
-    lax.fori_loop(0, lax.div(jnp.maximum(end - first, 0) + lanes - 1, lanes), one, None)
+    def finished(index: Any, part: _Part) -> _Part:
+        write(lax.div(index, PART_PAGES) - 1, part)
+        return _start(static)
+
+    def turn(index: Any, carry: tuple[Any, _Part]) -> tuple[Any, _Part]:
+        page, part = carry
+        starts = (lax.rem(index, PART_PAGES) == 0) & (index > begin)
+        part = lax.cond(starts, finished, lambda _, part: part, index, part)
+        return step(index, (page, part))
+
+    _, part = lax.fori_loop(begin, end, turn, (_page(inputs, begin), _start(static)))
+
+    @pl.when(end > begin)
+    def _last_part() -> None:
+        write(lax.div(end - 1, PART_PAGES), part)
 
 
 def merge_kernel(

@@ -6,6 +6,7 @@ has been timed on a card yet.
 
 from dataclasses import dataclass
 
+MAX_HEAD = 256
 MIN_CAPABILITY = 80
 PART_PAGES = 4  # pages that make one partial result on a GPU; another number gives results with other bits
 
@@ -26,7 +27,7 @@ class Tile:
 _TILES = {
     80: {
         64: (Tile(16, 4, 4), Tile(64, 4, 3)),
-        128: (Tile(16, 4, 4), Tile(64, 4, 3)),
+        128: (Tile(16, 4, 3), Tile(64, 4, 3)),
         256: (Tile(16, 4, 3), Tile(32, 4, 2)),
     },
     86: {
