@@ -18,6 +18,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+FOLDERS = ("pallas_kernels/native", "pallas_kernels/*/native")
 FLAGS = [
     "-std=c++17",
     "-O3",
@@ -29,6 +30,7 @@ FLAGS = [
     "-Wall",
     "-Wno-psabi",
     "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
 ]
 ISAS = {"plain": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -56,10 +58,12 @@ class BuildNative(build_ext):
                 defines = [f"-DREALM_ISA={isa}", f"-DREALM_ISA_{isa.upper()}"] if isa else []
                 command = [*compiler, *FLAGS, *flags, *extra, *defines, *include, "-c", source, "-o", str(object_file)]
                 jobs.append((command, object_file))
+        headers = [p for folder in FOLDERS for p in ROOT.glob(f"{folder}/*.h")]
+        newest = max(p.stat().st_mtime for p in (*headers, ROOT / "setup.py"))
         linker = [*compiler, "-shared", *extra, *(str(o) for _, o in jobs), "-o", str(target)]
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(lambda job: run(job[0]), jobs))
+                list(pool.map(lambda job: compile_if_older(*job, newest, extra), jobs))
             run(linker)
         except (OSError, subprocess.CalledProcessError) as error:
             print(
@@ -80,15 +84,18 @@ class BuildNative(build_ext):
                 self.copy_file(str(built), str(inplace))
 
 
+def compile_if_older(command: list[str], target: Path, newest_header: float, extra: list[str]) -> None:
+    source = ROOT / command[command.index("-c") + 1]
+    if not extra and target.exists() and target.stat().st_mtime > max(newest_header, source.stat().st_mtime):
+        return
+    run(command)
+
+
 def run(command: list[str]) -> None:
     subprocess.run(command, cwd=ROOT, check=True)
 
 
-sources = sorted(
-    str(path.relative_to(ROOT))
-    for folder in ("pallas_kernels/native", "pallas_kernels/*/native")
-    for path in ROOT.glob(f"{folder}/*.cc")
-)
+sources = sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.cc"))
 setup(
     ext_modules=[Extension("pallas_kernels.native.realm_native", sources, optional=True)],
     cmdclass={"build_ext": BuildNative},

@@ -117,7 +117,7 @@ def divergence(reference: np.ndarray, other: np.ndarray) -> float:
 
 
 def llama_cpp_divergence(path: Path, text: str) -> float:
-    """llama.cpp's divergence from Realm's float32 path, which the tests hold to the reference, over chunks of a text."""
+    """llama.cpp's divergence from Realm's float32 path, which tests hold to the reference, over chunks of a text."""
     from realm_jax import LLM
 
     with LLM(str(path), backend="xla") as exact:

@@ -121,7 +121,8 @@ def test_short_rows(backend: str, dtype: str, case: str) -> None:
     ours = problem.run(backend, [299, 1])
     assert nmse(ours, problem.expected()) < 1e-12
     exact = Problem(case)
-    exact.run(backend, [299, 1])
+    positions = np.tile(np.arange(exact.length, dtype=np.int32), (exact.batch, 1))
+    exact.after = reference.append_rows(exact.pool, exact.k, exact.v, exact.tables, positions, layer=LAYER)
     # A row's relative error is 2^-12 or 2^-9 at most, or half of 1/127 of its largest element.
     assert nmse(ours, exact.expected()) < {"float16": 1e-6, "bfloat16": 2e-5, "int8": 5e-4}[dtype]
 
@@ -149,13 +150,13 @@ def test_bits_do_not_depend_on_chunks_batch_or_blocks(backend: str, case: str, d
     problem = Problem(case, dtype, batch=3, length=length)
     whole = problem.run(backend, [length])
     kept = jax.tree.map(np.asarray, problem.after)
-    cuts = [[128] * 5 + [10], [500, 1, 2, 5, 8, 128, 6]]
-    if backend == "native" and case in ("multi-head", "latent"):
-        cuts += [[16] * 40 + [10], [600] + [1] * 50]
+    cuts = [[128] * 5 + [10], [500, 1, 2, 5, 8, 128, 6], [16] * 40 + [10], [600] + [1] * 50]
+    if backend == "xla":  # every size is compiled, in seconds
+        cuts = [[128] * 5 + [10], [640, 1, 2, 7]]
     for cut in cuts:
         np.testing.assert_array_equal(problem.run(backend, cut), whole, err_msg=str(cut))
         jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, problem.after), kept)
-    for rows in (1, 2):
+    for rows in (1,) if backend == "xla" else (1, 2):
         part = Problem(case, dtype, batch=3, length=length)
         part.batch, part.tables = rows, part.tables[:rows]
         part.q, part.k, part.v = part.q[:rows], part.k[:rows], part.v[:rows]

@@ -15,7 +15,7 @@ from jax import lax
 
 from pallas_kernels.errors import UnsupportedError
 
-from . import gpu, gpu_hopper, reference, tpu, xla
+from . import gpu, gpu_hopper, native, reference, tpu, xla
 from .case import ABSENT, Options, bounds_of
 
 _log = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ _TYPES = ("float32", "bfloat16", "float16")
 
 # Which file serves which name. The two interpreted ones run a Pallas kernel step by step on any device: for tests.
 _BACKENDS: dict[str, Any] = {
+    "native": native,
     "xla": xla,
     "gpu": gpu,
     "hopper": gpu_hopper,
@@ -30,7 +31,11 @@ _BACKENDS: dict[str, Any] = {
     "interpret": gpu,
     "interpret_tpu": tpu,
 }
-_PLATFORMS = {"cuda": "gpu", "tpu": "tpu"}  # what "auto" picks for the platform a program is lowered for; else "xla"
+_PLATFORMS = {
+    "cpu": "native",
+    "cuda": "gpu",
+    "tpu": "tpu",
+}  # what "auto" picks for the platform a program is lowered for; else "xla"
 BACKENDS = ("auto", "reference", *_BACKENDS)
 
 
@@ -64,8 +69,8 @@ def flash_attention(
         scale: of the scores, before the soft-cap; None: 1 / sqrt(D).
         softcap: scores become softcap * tanh(scores / softcap); 0: none.
         sinks: float32 [heads], a logit per head that takes part in the normalisation alone.
-        backend: one of ``BACKENDS``. "auto" takes the Pallas kernel of the platform the program is lowered for where
-            it supports the case, else "xla". "hopper" is another kernel for H100 and H200. "interpret" and
+        backend: one of ``BACKENDS``. "auto" takes the kernel of the platform the program is lowered for where it
+            supports the case, else "xla". "hopper" is another kernel for H100 and H200. "interpret" and
             "interpret_tpu" run the GPU's and the TPU's Pallas kernel in interpret mode, for tests.
         return_lse: also return the logarithm of the sum of the exponentials of a query's scores and its sink, float32
             [B, T, heads]; -inf for a query that sees nothing.

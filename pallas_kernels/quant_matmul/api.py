@@ -173,8 +173,8 @@ def _check(x: Any, weight: Weight, ndim: int) -> None:
 
 
 @cache
-def _dense(specs: tuple[tuple[Format, int | None], ...], backend: str) -> Callable[..., tuple[jax.Array, ...]]:
-    """The differentiable, vmappable (x, None, arrays, lead) -> ys of weights of these formats."""
+def _dense(specs: tuple[tuple[Format, Any], ...], backend: str) -> Callable[..., tuple[jax.Array, ...]]:
+    """The differentiable, vmappable (x, None, arrays, lead) -> ys of weights of these formats and n."""
     if backend == "native":
 
         def forward(xs, _, arrays, lead):
@@ -203,7 +203,7 @@ def _dense(specs: tuple[tuple[Format, int | None], ...], backend: str) -> Callab
 
 
 @cache
-def _experts(spec: tuple[Format, int | None], backend: str) -> Callable[..., tuple[jax.Array, ...]]:
+def _experts(spec: tuple[Format, Any], backend: str) -> Callable[..., tuple[jax.Array, ...]]:
     """The same for (x, expert_ids, (arrays,), lead)."""
     fmt, n = spec
 

@@ -139,8 +139,17 @@ def _call(
         compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name="quant_matmul",
-    )(numbers, *groups, x.reshape(m, k // CELL, CELL), *arrays.values())
+    )(numbers, *groups, _arranged(x, work), *arrays.values())
     return functools.reduce(jnp.add, [out[i] for i in range(out.shape[0])])
+
+
+def _arranged(x: jax.Array, work: _Work) -> jax.Array:
+    """x [M, K] with columns in the order in which the kernel multiplies them, and zeros up to a whole step."""
+    x = jnp.pad(x, ((0, 0), (0, work.steps * work.step - work.k)))
+    if work.step == STEP:
+        runs = x.reshape(work.m, work.steps, CELLS, CELL // RUN, RUN)
+        x = runs.swapaxes(2, 3).reshape(x.shape)
+    return x
 
 
 def _kernel(numbers_ref: Any, *refs: Any, work: _Work, names: tuple[str, ...]) -> None:
@@ -205,7 +214,7 @@ class _Tile:
                 words = [(w[e * b // 32], e * b % 32) for w, b in zip(planes, self.fmt.planes)]
                 values.append(weighers[run](fraction(words, self.fmt, self.one)))
             weight = _interleave(values).reshape(columns, CELLS * RUN)
-            acc = acc + self._dot(weight, self._rows_of_x(cell, run * RUN, RUN))
+            acc = acc + self._dot(weight, self._columns_of_x(i * STEP + run * (CELLS * RUN), CELLS * RUN))
         return acc
 
     def _bytes(self, i: Any, acc: Any) -> Any:
@@ -219,15 +228,13 @@ class _Tile:
         )
         values = codes.astype(jnp.float32).reshape(-1, BYTES_STEP // group, group)
         weight = scale.astype(jnp.float32)[:, :, None] * values
-        cell = i * (BYTES_STEP // CELL) + jnp.arange(BYTES_STEP // CELL)
-        x = self._rows_of_x(cell, 0, CELL)
-        return acc + self._dot(weight.reshape(-1, BYTES_STEP), x)
+        return acc + self._dot(weight.reshape(-1, BYTES_STEP), self._columns_of_x(i * BYTES_STEP, BYTES_STEP))
 
-    def _rows_of_x(self, cell: Any, first: int, count: int) -> Any:
-        """Columns first, first + 1, ... of cells of x: [rows, cells * count]."""
-        inside = first + jnp.arange(count)
-        index = (self.m[:, None, None], cell[None, :, None], inside[None, None, :])
-        return self._load(self.x, index, cell[None, :, None]).reshape(-1, cell.shape[0] * count)
+    def _columns_of_x(self, first: Any, count: int) -> Any:
+        """[rows, count] of x as arranged."""
+        from jax.experimental.pallas import triton
+
+        return triton.load(self.x.at[self.m[:, None], (first + jnp.arange(count))[None, :]])
 
     def _words(self, name: str, bits: int, i: Any) -> list[Any]:
         """The words of a plane, uint32 [columns, CELLS] each: ``bits`` words of 32 / bits codes to a cell."""

@@ -15,7 +15,8 @@ enum class Type { kF32, kF16, kBF16, kI8 };
 
 constexpr int64_t size_of(Type type) { return type == Type::kF32 ? 4 : type == Type::kI8 ? 1 : 2; }
 
-// Rows [layers, pages, kv_heads, kPage, dim] of one layer: `data` is where it begins. scales: of int8 rows.
+// Rows [layers, pages, kv_heads, kPage, dim] of one layer: `data` is where it begins. scales: of int8 rows. Without page
+// tables: rows [batch, keys, kv_heads, dim] of contiguous sequences.
 struct Rows {
   uint8_t* data;
   float* scales;
@@ -32,10 +33,12 @@ struct Pool {
 struct Call {
   Pool pool;
   const float* q;           // [batch, tokens, heads, dim]
-  const int32_t* tables;    // [batch, table_pages]
+  const int32_t* tables;    // [batch, table_pages], or null for contiguous sequences
   const int32_t* positions; // [batch, tokens]
-  const float* sinks;       // [heads] or null
+  const float* sinks;       // [heads], or [batch, heads] with sinks_stride = heads, or null
   float* out;               // [batch, tokens, heads, value_dim]
+  float* lse = nullptr;     // [batch, heads, tokens], -inf where nothing is seen, or null
+  int64_t sinks_stride = 0, keys = 0;  // keys: of each contiguous sequence
   int64_t batch, tokens, heads, group, table_pages, value_dim;
   int64_t window;           // positions a query sees; kEverything for all
   float scale, softcap;

@@ -121,6 +121,10 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int6
 
 // The rows of one key/value head in page `index` of a sequence.
 Matrix page_of(const Call& call, const Rows& rows, const Tile& tile, int64_t index) {
+  if (call.tables == nullptr) {
+    const int64_t bytes = rows.dim * size_of(call.pool.type), first = tile.batch * call.keys + index * kPage;
+    return {rows.data + (first * call.pool.kv_heads + tile.kv_head) * bytes, call.pool.kv_heads * bytes, nullptr};
+  }
   int64_t number = call.tables[tile.batch * call.table_pages + index];
   number = number < 0 ? 0 : number >= call.pool.pages ? call.pool.pages - 1 : number;
   const int64_t first = (number * call.pool.kv_heads + tile.kv_head) * kPage, bytes = rows.dim * size_of(call.pool.type);
@@ -262,7 +266,8 @@ void one_part(const Call& call, const Tile& tile, int64_t super, const Scratch& 
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t position = call.positions[tile.batch * call.tokens + (tile.first + r) / call.group];
       const int64_t first = position < 0 ? kBlock : position - call.window + 1 - begin;
-      scratch.keep[r] = soften(scratch.scores + r * kBlock, from, to, first > 0 ? first : 0, position + 1 - begin, call.softcap,
+      const int64_t end = (position < tile.high ? position : tile.high) + 1 - begin;  // a position may lie behind all rows
+      scratch.keep[r] = soften(scratch.scores + r * kBlock, from, to, first > 0 ? first : 0, end, call.softcap,
                                sums.top[r], sums.total[r]);
     }
     for (int64_t i = first_page; i <= last_page; ++i) {
@@ -322,11 +327,17 @@ void finish(const Call& call, const Tile& tile, const Sums& sums) {
   for (int64_t r = 0; r < tile.rows; ++r) {
     const int64_t row = tile.first + r;
     const int64_t token = tile.batch * call.tokens + row / call.group, head = tile.kv_head * call.group + row % call.group;
-    float total = sums.total[r], keep = 1.0f;
+    float total = sums.total[r], top = sums.top[r], keep = 1.0f;
+    const bool nothing = total == 0.0f;
     if (call.sinks != nullptr) {  // a row of its own whose value is zero
-      const float sink = call.sinks[head], top = sink > sums.top[r] ? sink : sums.top[r];
+      const float sink = call.sinks[tile.batch * call.sinks_stride + head];
+      top = sink > top ? sink : top;
       keep = exp(sums.top[r] - top);
       total = total * keep + exp(sink - top);
+    }
+    if (call.lse != nullptr) {
+      const int64_t at = (tile.batch * call.heads + head) * call.tokens + row / call.group;
+      call.lse[at] = nothing ? -__builtin_inff() : top + __builtin_logf(total);
     }
     const F32 factor = set(keep / (total > 1e-30f ? total : 1e-30f));
     float* out = call.out + (token * call.heads + head) * call.value_dim;

@@ -168,6 +168,8 @@ void clear(int64_t rows, int64_t width, const Sums& sums) {
   std::fill_n(sums.mixed, rows * width, 0.0f);
 }
 
+void compute(ffi::ThreadPool& threads, const Call& call, int64_t most, const AttentionKernels& kernels);
+
 ffi::Error attend(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::S32> tables, ffi::Buffer<ffi::S32> positions,
                   ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> blocks, ffi::Buffer<ffi::S32> window, ffi::Buffer<ffi::F32> sinks,
                   ffi::RemainingArgs rest, ffi::ResultBuffer<ffi::F32> out, float scale, float softcap, int64_t isa) {
@@ -200,10 +202,62 @@ ffi::Error attend(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::Buffer<
       (call.sinks != nullptr && static_cast<int64_t>(sinks.element_count()) != call.heads)) {
     return ffi::Error::InvalidArgument("q, the pool and the result do not fit together");
   }
-  const int64_t rows = call.tokens * call.group, width = call.width();
-  if (call.batch * rows * call.value_dim == 0) return ffi::Error::Success();
-  const int64_t most = std::min<int64_t>(blocks.typed_data()[0] * kBlock, call.table_pages * kPage);  // positions there are
+  if (call.batch * call.tokens * call.heads * call.value_dim == 0) return ffi::Error::Success();
+  const int64_t most = std::min<int64_t>(blocks.typed_data()[0] * kBlock, call.table_pages * kPage);
+  compute(threads, call, most, kernels_of(isa));
+  return ffi::Error::Success();
+}
 
+// Attention over contiguous keys and values [batch, keys, kv_heads, dim]; a query at position p sees keys 0..p.
+ffi::Error flash(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::Buffer<ffi::S32> positions,
+                 ffi::Buffer<ffi::F32> sinks, ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> lse, int64_t window,
+                 float scale, float softcap, int64_t isa) {
+  auto queries = q.dimensions(), keys = k.dimensions(), values = v.dimensions();
+  if (queries.size() != 4 || keys.size() != 4 || values.size() != 4) return ffi::Error::InvalidArgument("q, k and v have four axes");
+  Call call;
+  switch (k.element_type()) {
+    case ffi::F32: call.pool.type = Type::kF32; break;
+    case ffi::F16: call.pool.type = Type::kF16; break;
+    case ffi::BF16: call.pool.type = Type::kBF16; break;
+    default: return ffi::Error::InvalidArgument("keys have another type");
+  }
+  call.pool.keys = {static_cast<uint8_t*>(k.untyped_data()), nullptr, keys[3]};
+  call.pool.values = {static_cast<uint8_t*>(v.untyped_data()), nullptr, values[3]};
+  call.pool.pages = 0;
+  call.pool.kv_heads = keys[2];
+  call.q = q.typed_data();
+  call.tables = nullptr;
+  call.positions = positions.typed_data();
+  call.sinks = sinks.element_count() ? sinks.typed_data() : nullptr;
+  call.out = out->typed_data();
+  call.lse = lse->typed_data();
+  call.batch = queries[0];
+  call.tokens = queries[1];
+  call.heads = queries[2];
+  call.sinks_stride = call.heads;
+  call.keys = keys[1];
+  call.table_pages = (keys[1] + kPage - 1) / kPage;
+  call.value_dim = values[3];
+  call.window = window > 0 ? window : kEverything;
+  call.scale = scale;
+  call.softcap = softcap;
+  if (call.batch * call.tokens * call.heads * call.value_dim * call.keys == 0) return ffi::Error::InvalidArgument("nothing to attend over");
+  call.group = call.heads / call.pool.kv_heads;
+  const int64_t rows = call.batch * call.tokens;
+  if (queries[3] != keys[3] || keys[0] != call.batch || call.group * call.pool.kv_heads != call.heads || values[0] != keys[0] ||
+      values[1] != keys[1] || values[2] != keys[2] || v.element_type() != k.element_type() ||
+      static_cast<int64_t>(positions.element_count()) != rows || static_cast<int64_t>(out->element_count()) != rows * call.heads * call.value_dim ||
+      static_cast<int64_t>(lse->element_count()) != rows * call.heads ||
+      (call.sinks != nullptr && static_cast<int64_t>(sinks.element_count()) != call.batch * call.heads)) {
+    return ffi::Error::InvalidArgument("q, k, v and the results do not fit together");
+  }
+  compute(threads, call, call.keys, kernels_of(isa));
+  return ffi::Error::Success();
+}
+
+// most: positions there are.
+void compute(ffi::ThreadPool& threads, const Call& call, int64_t most, const AttentionKernels& kernels) {
+  const int64_t rows = call.tokens * call.group, width = call.width(), kv_heads = call.pool.kv_heads;
   // Tiles hold whole tokens where a token's rows fit into one.
   const int64_t tile_rows = call.group >= kTileRows ? kTileRows : kTileRows / call.group * call.group;
   std::vector<Tile> tiles;
@@ -218,15 +272,14 @@ ffi::Error attend(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::Buffer<
         tile.high = std::max(tile.high, position);
       }
       if (tile.high >= 0) {
-        reads += (tile.high - tile.low + 1) * a.kv_heads;
+        reads += (tile.high - tile.low + 1) * kv_heads;
         supers = std::max(supers, tile.high / (kBlock * kSuper) + 1);
       }
-      for (tile.kv_head = 0; tile.kv_head < a.kv_heads; ++tile.kv_head) tiles.push_back(tile);
+      for (tile.kv_head = 0; tile.kv_head < kv_heads; ++tile.kv_head) tiles.push_back(tile);
     }
   }
   const int64_t count = static_cast<int64_t>(tiles.size()), in_tile = std::min(tile_rows, rows);
-  const AttentionKernels& kernels = kernels_of(isa);
-  const int64_t bytes = reads * (a.pool.keys.dim + a.pool.values.dim) * size_of(a.pool.type);
+  const int64_t bytes = reads * (call.pool.keys.dim + call.pool.values.dim) * size_of(call.pool.type);
   const int64_t wanted = bytes * (1 + in_tile / 4) < (64 << 10) ? 1 : 0;
   const int64_t helpers = wanted == 1 ? 1 : threads.num_threads();
   auto span = [&](const Tile& tile, int64_t& begin, int64_t& end) {  // the super-blocks a tile sees
@@ -249,7 +302,7 @@ ffi::Error attend(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::Buffer<
                }
                kernels.finish(call, tile, room.sums);
              }});
-    return ffi::Error::Success();
+    return;
   }
   // Few tiles: their super-blocks apart, then together, in order.
   thread_local Buffer buffer;
@@ -280,7 +333,6 @@ ffi::Error attend(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::Buffer<
                    for (int64_t s = begin; s < end; ++s) kernels.merge(tiles[i].rows, width, room.sums, part_of(i, s));
                    kernels.finish(call, tiles[i], room.sums);
                  }});
-  return ffi::Error::Success();
 }
 
 }  // namespace
@@ -312,6 +364,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_paged_attention, realm::attend,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .RemainingArgs()
                                   .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("scale")
+                                  .Attr<float>("softcap")
+                                  .Attr<int64_t>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_flash_attention, realm::flash,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("window")
                                   .Attr<float>("scale")
                                   .Attr<float>("softcap")
                                   .Attr<int64_t>("isa"));
