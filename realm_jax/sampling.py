@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.numerics import exp, log, row_sum
+from pallas_kernels.row_ops import argmax
 from realm_jax.sampling_params import MAX_LOGPROBS
 
 # A temperature below this divides logits out of float32's useful range; the draw is the argmax then anyway.
@@ -95,7 +96,8 @@ def write_history(history: History, slot: Array, in_prompt: Array, count: Array,
 @jax.jit
 def sample_greedy(logits: Array) -> Array:
     """int32 [B] from float32 [B, vocab]: the most likely token, BAD_LOGITS for a row that is not finite."""
-    return _checked(logits, _argmax(logits))
+    tokens, finite = argmax(logits)
+    return jnp.where(finite, tokens, BAD_LOGITS)
 
 
 @partial(jax.jit, static_argnames="truncate")
@@ -135,13 +137,6 @@ def _checked(logits: Array, tokens: Array) -> Array:
     return jnp.where(jnp.all(jnp.isfinite(logits), axis=-1), tokens, BAD_LOGITS)
 
 
-def _argmax(x: Array) -> Array:
-    """int32 [B]: the lowest index of the maximum."""
-    # Two reductions, because XLA:CPU runs the one of jnp.argmax as a scalar loop.
-    index = jnp.arange(x.shape[-1], dtype=jnp.int32)
-    return jnp.min(jnp.where(x == jnp.max(x, axis=-1, keepdims=True), index, x.shape[-1] - 1), axis=-1)
-
-
 def _penalized(logits: Array, rows: RowParams, history: History) -> Array:
     slot = rows.slot
     in_prompt = history.in_prompt.at[slot].get(mode="clip")  # [B, vocab]
@@ -162,7 +157,9 @@ def _draw(x: Array, rows: RowParams, truncate: bool) -> Array:
     z = (x - jnp.max(x, axis=-1, keepdims=True)) / temperature
     noise = gumbel_noise(rows.seed, rows.position, x.shape[-1])
     scores = jnp.where(truncated(z, rows), z, -jnp.inf) if truncate else z
-    return jnp.where(greedy, _argmax(x), _argmax(scores + noise))
+    # XLA's, which becomes one with the passes before it.
+    chosen, drawn = argmax(x, backend="xla")[0], argmax(scores + noise, backend="xla")[0]
+    return jnp.where(greedy, chosen, drawn)
 
 
 def truncated(z: Array, rows: RowParams) -> Array:

@@ -11,15 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels import row_ops
 from pallas_kernels.paged_attention import KVPages
 from realm_jax.model.attention import CacheView, attend
 from realm_jax.model.config import ModelConfig
 from realm_jax.model.experts import mixture
-from realm_jax.model.ops import gated, rms_norm, rotate, softcap
+from realm_jax.model.ops import rotate, softcap
 from realm_jax.model.params import Params
 from realm_jax.model.plan import LayerPlan, Segment
 from realm_jax.model.rope import FINE_POSITIONS
-from realm_jax.model.weights import LayerWeights
+from realm_jax.model.weights import LayerWeights, row_backend
 
 
 def forward(
@@ -60,7 +61,8 @@ def forward(
     for segment in plan.segments:
         x, pool = _run_segment(x, pool, params, config, plan, segment, layer, backend)
     with jax.named_scope("output_norm"):
-        return rms_norm(x, params.tables["output_norm.weight"], config.norm_eps), pool
+        weight = params.tables["output_norm.weight"]
+        return row_ops.rms_norm(x, weight, config.norm_eps, backend=row_backend(backend)), pool
 
 
 def logits(params: Params, config: ModelConfig, hidden: jax.Array, *, backend: str = "auto") -> jax.Array:
@@ -130,18 +132,18 @@ def _layer(
 ) -> tuple[jax.Array, KVPages]:
     """One decoder layer: float32 [T, hidden] -> the same, and the pool. `mix` is `attend` at this place of it."""
     with jax.named_scope("attention"):
-        h = rms_norm(x, w.vector("attn_norm.weight"), c.norm_eps) if "attn_norm.weight" in w else x
+        h = w.norm(x, "attn_norm.weight", c.norm_eps) if "attn_norm.weight" in w else x
         attention = _latent_attention if c.latent is not None else _attention
         h, pool = attention(h, pool, w, c, cos_sin, mix)
         if c.spec.post_norm:
-            h = rms_norm(h, w.vector("post_attention_norm.weight"), c.norm_eps)
+            h = w.norm(h, "post_attention_norm.weight", c.norm_eps)
         x = x + (h * c.residual_scale if c.residual_scale != 1.0 else h)
     with jax.named_scope("feed_forward"):
         norm = f"{c.spec.ffn_norm}.weight"
-        h = rms_norm(x, w.vector(norm), c.norm_eps) if c.spec.pre_norm else x
+        h = w.norm(x, norm, c.norm_eps) if c.spec.pre_norm else x
         h = mixture(h, w, c) if "ffn_gate_inp.weight" in w else _feed_forward(h, w, c)
         if c.spec.post_norm:
-            h = rms_norm(h, w.vector("post_ffw_norm.weight"), c.norm_eps)
+            h = w.norm(h, "post_ffw_norm.weight", c.norm_eps)
         x = x + (h * c.residual_scale if c.residual_scale != 1.0 else h)
     return x, pool
 
@@ -160,16 +162,16 @@ def _attention(h, pool, w, c, cos_sin, mix) -> tuple[jax.Array, KVPages]:
         q, k, v = w.linears(h, "attn_q", "attn_k", "attn_v")
     if c.spec.qk_norm == "full":
         q, k = (
-            rms_norm(q, w.vector("attn_q_norm.weight"), c.norm_eps),
-            rms_norm(k, w.vector("attn_k_norm.weight"), c.norm_eps),
+            w.norm(q, "attn_q_norm.weight", c.norm_eps),
+            w.norm(k, "attn_k_norm.weight", c.norm_eps),
         )
     q = q.reshape(tokens, c.num_heads, c.head_dim)
     k = k.reshape(tokens, c.num_kv_heads, c.head_dim)
     v = v.reshape(tokens, c.num_kv_heads, c.value_dim)
     if c.spec.qk_norm == "head":
         q, k = (
-            rms_norm(q, w.vector("attn_q_norm.weight"), c.norm_eps),
-            rms_norm(k, w.vector("attn_k_norm.weight"), c.norm_eps),
+            w.norm(q, "attn_q_norm.weight", c.norm_eps),
+            w.norm(k, "attn_k_norm.weight", c.norm_eps),
         )
     q, k = rotate(q, cos_sin, c.spec.rope), rotate(k, cos_sin, c.spec.rope)
     mixed, pool = mix(
@@ -190,7 +192,7 @@ def _latent_attention(h, pool, w, c, cos_sin, mix) -> tuple[jax.Array, KVPages]:
     tokens, m = h.shape[0], c.latent
     rotated = c.ropes[0].dim
     if m.query_rank:
-        q = w.linear(rms_norm(w.linear(h, "attn_q_a"), w.vector("attn_q_a_norm.weight"), c.norm_eps), "attn_q_b")
+        q = w.linear(w.norm(w.linear(h, "attn_q_a"), "attn_q_a_norm.weight", c.norm_eps), "attn_q_b")
     else:
         q = w.linear(h, "attn_q")
     q = q.reshape(tokens, c.num_heads, m.key_dim)
@@ -198,7 +200,7 @@ def _latent_attention(h, pool, w, c, cos_sin, mix) -> tuple[jax.Array, KVPages]:
     head = jnp.tile(jnp.arange(c.num_heads), tokens)  # each head has matrices of its own, as experts have
     q_latent = w.expert_linear(q_plain.reshape(head.size, -1), head, "attn_k_b").reshape(tokens, c.num_heads, m.rank)
     compressed = w.linear(h, "attn_kv_a_mqa")  # [T, rank + rotated]
-    latent = rms_norm(compressed[:, : m.rank], w.vector("attn_kv_a_norm.weight"), c.norm_eps)
+    latent = w.norm(compressed[:, : m.rank], "attn_kv_a_norm.weight", c.norm_eps)
     k_rotated = rotate(compressed[:, None, m.rank :], cos_sin, c.spec.rope)
     keys = jnp.concatenate([latent[:, None, :], k_rotated], axis=-1)  # [T, 1, rank + rotated]
     values = jnp.zeros((tokens, 1, 0), jnp.float32)
@@ -213,7 +215,7 @@ def _feed_forward(h: jax.Array, w: LayerWeights, c: ModelConfig) -> jax.Array:
         gate, up = jnp.split(w.linear(h, "ffn_up"), 2, axis=-1)
     else:
         gate, up = w.linears(h, "ffn_gate", "ffn_up")
-    return w.linear(gated(gate, up, c.spec.activation), "ffn_down")
+    return w.linear(w.gated(gate, up, c.spec.activation), "ffn_down")
 
 
 def _rotations(tables: tuple[jax.Array, jax.Array], positions: jax.Array) -> tuple[jax.Array, jax.Array]:

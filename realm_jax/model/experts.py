@@ -8,7 +8,6 @@ from jax import lax
 
 from pallas_kernels.numerics import row_sum, sigmoid, softmax
 from realm_jax.model.config import ExpertConfig, ModelConfig
-from realm_jax.model.ops import gated
 from realm_jax.model.weights import LayerWeights
 
 
@@ -21,13 +20,13 @@ def mixture(h: jax.Array, w: LayerWeights, c: ModelConfig) -> jax.Array:
     ids, weights = route(w.linear(h, "ffn_gate_inp"), e, bias)
     rows = jnp.repeat(h, e.used, axis=0)  # [T * used, hidden]
     flat = ids.reshape(-1)
-    hidden = gated(
+    hidden = w.gated(
         w.expert_linear(rows, flat, "ffn_gate_exps"), w.expert_linear(rows, flat, "ffn_up_exps"), c.spec.activation
     )
     each = w.expert_linear(hidden, flat, "ffn_down_exps").reshape(tokens, e.used, -1)
     out: Any = sum(each[:, i] * weights[:, i, None] for i in range(e.used))  # in a fixed order, unlike XLA's own sums
     if e.shared_size:
-        shared = gated(w.linear(h, "ffn_gate_shexp"), w.linear(h, "ffn_up_shexp"), c.spec.activation)
+        shared = w.gated(w.linear(h, "ffn_gate_shexp"), w.linear(h, "ffn_up_shexp"), c.spec.activation)
         shared = w.linear(shared, "ffn_down_shexp")
         if e.shared_gated:
             shared = shared * sigmoid(row_sum(h * w.vector("ffn_gate_inp_shexp.weight")))

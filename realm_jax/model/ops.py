@@ -3,22 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.numerics import row_sum, sigmoid, tanh
-
-
-def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
-    """The gated activation of the feed-forward blocks; "swiglu_oai" is gpt-oss's clamped variant."""
-    if activation == "silu":
-        return gate * sigmoid(gate) * up
-    if activation == "gelu_tanh":  # x (1 + tanh u) / 2 = x sigmoid(2 u)
-        return gate * sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
-    gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
-    return gate * sigmoid(1.702 * gate) * (up + 1.0)
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x [..., K] over the root of its mean square (Zhang and Sennrich 2019, arXiv:1910.07467), times weight [K]."""
-    return x / jnp.sqrt(row_sum(x * x) * (1.0 / x.shape[-1]) + eps) * weight
+from pallas_kernels.numerics import tanh
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:

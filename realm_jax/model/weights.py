@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax
 
+from pallas_kernels import row_ops
 from realm_jax.model.params import Params
 from realm_jax.quant import matmuls
 
@@ -24,6 +25,15 @@ class LayerWeights:
         stack, index = self.places[role]
         return self.params.vectors[stack][index]
 
+    def norm(self, x: jax.Array, role: str, eps: float) -> jax.Array:
+        """x [..., K] normalised by a weight of this layer, float32."""
+        stack, index = self.places[role]
+        return row_ops.rms_norm(x, self.params.vectors[stack], eps, layer=index, backend=row_backend(self.backend))
+
+    def gated(self, gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
+        """activation(gate) * up, float32."""
+        return row_ops.gated(gate, up, activation, backend=row_backend(self.backend))
+
     def linear(self, x: jax.Array, name: str) -> jax.Array:
         """float32 [..., K] -> float32 [..., N], bias included where the layer has one."""
         stack, index = self.places[f"{name}.weight"]
@@ -41,3 +51,8 @@ class LayerWeights:
         stack, index = self.places[f"{name}.weight"]
         y = self.params.stacks[stack].expert_matmul(x, ids, layer=index, backend=self.backend)
         return y + self.vector(f"{name}.bias")[ids] if f"{name}.bias" in self.places else y
+
+
+def row_backend(backend: str) -> str:
+    """Of the small operations on rows, for a model's backend: XLA fuses them well, but on CPUs."""
+    return "native" if backend == "native" else "xla"

@@ -22,6 +22,32 @@ constexpr int kRows = 3, kColumns = 2;
 constexpr int kRows = 1, kColumns = 1;
 #endif
 
+// Sixteen numbers of a row; the scale of int8 rows is the caller's.
+template <Type type>
+REALM_INLINE F32 load_row(const uint8_t* p) {
+  if (type == Type::kF32) return load(reinterpret_cast<const float*>(p));
+  if (type == Type::kF16) return load_f16(p);
+  if (type == Type::kBF16) return load_bf16(p);
+  return to_float(load_i8(p));
+}
+
+// The first `count` of sixteen, zeros behind them, reading no further.
+template <Type type>
+REALM_INLINE F32 load_row(const uint8_t* p, int64_t count) {
+  if (count >= 16) return load_row<type>(p);
+  alignas(64) uint8_t copy[64] = {};
+  memcpy(copy, p, count * size_of(type));
+  return load_row<type>(copy);
+}
+
+#if defined(REALM_ISA_AVX512)
+template <Type type>
+REALM_INLINE F32 widen(__m256i x) {
+  if (type == Type::kF16) return {_mm512_cvtph_ps(x)};
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
+}
+#endif
+
 // Rows to multiply by: `bytes` apart, a scale each for int8.
 struct Matrix {
   const uint8_t* data;

@@ -169,7 +169,6 @@ template <const Format& F, int M>
     parts<F>(tile, block);
     const uint8_t* p = tile + skip;
     for (int j = 0; j < per_block; ++j, p += F.code_bytes(), x += 8 * M, scales += M) {
-      for (int line = 0; line < F.code_bytes(); line += 64) __builtin_prefetch(p + 2048 + line);
       I32 a[M], b[M];
       for (int i = 0; i < M; ++i) {
         a[i] = start<F.mins, F.wide()>(extra + i);

@@ -185,9 +185,11 @@ void add(std::vector<Kind>& kinds, const Kind& kind) {
   if (std::find(kinds.begin(), kinds.end(), kind) == kinds.end()) kinds.push_back(kind);
 }
 
-// Tiles that one chunk of work holds: about 32 KiB of weight for one row, fewer for more rows.
-int64_t tiles_per_chunk(const Weight& w, int64_t m) {
-  return std::max<int64_t>(1, (32 << 10) / (w.stride * std::max<int64_t>(1, m)));
+// Tiles that one chunk of work holds, of a call that reads so many bytes: some eight chunks to a thread for balance, but
+// long ones, since memory is slow to start (two threads that read 18 KiB at a time reached 65 % of what 256 KiB reach).
+int64_t tiles_per_chunk(const Weight& w, int64_t bytes, int64_t threads) {
+  const int64_t wanted = std::min<int64_t>(std::max<int64_t>(bytes / (8 * threads), 16 << 10), 256 << 10);
+  return std::max<int64_t>(1, wanted / w.stride);
 }
 
 // Threads worth waking for so many bytes of weight read by so many rows: a thread costs as much as some 100 KB.
@@ -205,7 +207,7 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
   };
   std::vector<Job> jobs(count);
   std::vector<Kind> kinds;
-  int64_t chunks = 0, bytes = 0;
+  int64_t bytes = 0;
   for (size_t i = 0; i < count; ++i) {
     auto index = weights.get<ffi::Buffer<ffi::S32>>(2 * i);
     auto tiles = weights.get<ffi::AnyBuffer>(2 * i + 1);
@@ -217,11 +219,14 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
     job.n = (*y)->dimensions().back();
     job.y = (*y)->typed_data();
     if (ffi::Error e = read(*tiles, index->typed_data()[0], formats.begin()[i], job.n, k, job.weight); e.failure()) return e;
-    job.per_chunk = tiles_per_chunk(job.weight, m);
-    job.first_chunk = chunks;
-    chunks += (job.weight.count + job.per_chunk - 1) / job.per_chunk;
     bytes += job.weight.count * job.weight.stride;
     add(kinds, Kind(*job.weight.format));
+  }
+  int64_t chunks = 0;
+  for (Job& job : jobs) {
+    job.per_chunk = tiles_per_chunk(job.weight, bytes, pool.num_threads());
+    job.first_chunk = chunks;
+    chunks += (job.weight.count + job.per_chunk - 1) / job.per_chunk;
   }
   if (m == 0) return ffi::Error::Success();
   const Kernels& kernels = kernels_of(isa);
@@ -255,20 +260,18 @@ ffi::Error expert_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buf
   for (int64_t e = 0; e < experts; ++e) begin[e + 1] += begin[e];
   std::vector<int64_t> next(begin.begin(), begin.end() - 1);
   for (int64_t i = 0; i < m; ++i) order[next[expert_of(i)]++] = i;
-  struct Job {
-    int64_t expert, first_chunk;
-  };
-  std::vector<Job> jobs;
-  const int64_t per_chunk = tiles_per_chunk(first, 1);
-  const int64_t chunks_each = (first.count + per_chunk - 1) / per_chunk;
+  std::vector<int64_t> used;  // experts
   for (int64_t e = 0; e < experts; ++e) {
-    if (begin[e + 1] > begin[e]) jobs.push_back({e, static_cast<int64_t>(jobs.size()) * chunks_each});
+    if (begin[e + 1] > begin[e]) used.push_back(e);
   }
+  const int64_t jobs = static_cast<int64_t>(used.size()), bytes = jobs * first.count * first.stride;
+  const int64_t per_chunk = tiles_per_chunk(first, bytes, pool.num_threads());
+  const int64_t chunks_each = (first.count + per_chunk - 1) / per_chunk;
   const Kernels& kernels = kernels_of(isa);
   Activations activations(x.typed_data(), k, order.data(), begin, {Kind(*first.format)});
   const Panel* panels = activations.panels(*first.format);
   auto multiply_chunk = [&](int64_t chunk) {
-    const int64_t e = jobs[chunk / chunks_each].expert, from = chunk % chunks_each * per_chunk;
+    const int64_t e = used[chunk / chunks_each], from = chunk % chunks_each * per_chunk;
     Weight w = first;
     w.tiles += e * w.count * w.stride;
     const int64_t* mine = order.data() + begin[e];
@@ -276,9 +279,8 @@ ffi::Error expert_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buf
     multiply(kernels, w, n, k, panels + p, activations.first_panel[e + 1] - p, begin[e + 1] - begin[e], from,
              std::min(from + per_chunk, w.count), [&](int64_t r) { return y->typed_data() + mine[r] * n; });
   };
-  const int64_t used = static_cast<int64_t>(jobs.size());
-  parallel(pool, threads_for(used * first.count * first.stride, m / used),
-           Phase{activations.count(), [&](int64_t p) { activations.quantize(kernels, p); }}, Phase{used * chunks_each, multiply_chunk});
+  parallel(pool, threads_for(bytes, m / jobs), Phase{activations.count(), [&](int64_t p) { activations.quantize(kernels, p); }},
+           Phase{jobs * chunks_each, multiply_chunk});
   return ffi::Error::Success();
 }
 

@@ -1,7 +1,6 @@
-// What attention needs beside native/simd.h: rows of any type, maxima, exponentials, masks and transposition.
+// What float32 work needs beside simd.h: maxima, exponentials, masks, narrow types and transposition.
 #pragma once
 
-#include "attention.h"
 #include "simd.h"
 
 namespace realm {
@@ -86,11 +85,6 @@ REALM_INLINE void turn_halves(const uint8_t* first, int64_t bytes, __m512i* out)
   out[1] = _mm512_permutexvar_epi64(order, _mm512_unpackhi_epi32(low01, low23));
   out[2] = _mm512_permutexvar_epi64(order, _mm512_unpacklo_epi32(high01, high23));
   out[3] = _mm512_permutexvar_epi64(order, _mm512_unpackhi_epi32(high01, high23));
-}
-template <Type type>
-REALM_INLINE F32 widen(__m256i x) {
-  if (type == Type::kF16) return {_mm512_cvtph_ps(x)};
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
 }
 
 #elif defined(REALM_ISA_AVX2)
@@ -264,24 +258,6 @@ REALM_INLINE float exp(float x) {
 REALM_INLINE F32 tanh(F32 x) {
   const F32 e = exp(set(-2.0f) * absolute(x)), one = set(1.0f);
   return with_sign_of(divide(one - e, one + e), x);
-}
-
-// Sixteen numbers of a row; the scale of int8 rows is the caller's.
-template <Type type>
-REALM_INLINE F32 load_row(const uint8_t* p) {
-  if (type == Type::kF32) return load(reinterpret_cast<const float*>(p));
-  if (type == Type::kF16) return load_f16(p);
-  if (type == Type::kBF16) return load_bf16(p);
-  return to_float(load_i8(p));
-}
-
-// The first `count` of sixteen, zeros behind them, reading no further.
-template <Type type>
-REALM_INLINE F32 load_row(const uint8_t* p, int64_t count) {
-  if (count >= 16) return load_row<type>(p);
-  alignas(64) uint8_t copy[64] = {};
-  memcpy(copy, p, count * size_of(type));
-  return load_row<type>(copy);
 }
 
 }  // namespace REALM_ISA
