@@ -32,7 +32,8 @@ def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
 def argmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """As xla.argmax."""
     outs = (jax.ShapeDtypeStruct(x.shape[:-1], jnp.int32), jax.ShapeDtypeStruct(x.shape[:-1], jnp.bool_))
-    return jax.ffi.ffi_call(register("realm_argmax"), outs, vmap_method="expand_dims")(x, isa=np.int64(isa()))
+    index, finite = jax.ffi.ffi_call(register("realm_argmax"), outs, vmap_method="expand_dims")(x, isa=np.int64(isa()))
+    return index, finite
 
 
 def _call(name: str, like: jax.Array) -> Any:
