@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.numerics import exp, log, row_sum
-from pallas_kernels.row_ops import argmax
+from pallas_kernels.row_ops import argmax, top_mask
 from realm_jax.sampling_params import MAX_LOGPROBS
 
 # A temperature below this divides logits out of float32's useful range; the draw is the argmax then anyway.
@@ -170,7 +170,7 @@ def truncated(z: Array, rows: RowParams) -> Array:
         # A truncation that no row uses is skipped on the device: each costs some fifty passes over the vocabulary.
         return jax.lax.cond(jnp.any(used), lambda: ~used[:, None] | kept(), lambda: everything)
 
-    kept = where_used(rows.top_k > 0, lambda: _best(z, jnp.ones_like(z), rows.top_k.astype(jnp.float32)))
+    kept = where_used(rows.top_k > 0, lambda: top_mask(z, jnp.ones_like(z), rows.top_k.astype(jnp.float32)))
 
     def typical() -> Array:
         weight = jnp.where(kept, exp(z), 0.0)  # unnormalised probabilities
@@ -178,52 +178,19 @@ def truncated(z: Array, rows: RowParams) -> Array:
         surprise = log(total) - z
         entropy = row_sum(weight * jnp.where(kept, surprise, 0.0)) / total
         nearness = jnp.where(kept, -jnp.abs(surprise - entropy), -jnp.inf)
-        return _best(nearness, weight, rows.typical_p * total[:, 0])
+        return top_mask(nearness, weight, rows.typical_p * total[:, 0])
 
     kept &= where_used(rows.typical_p < 1.0, typical)
 
     def nucleus() -> Array:
         weight = jnp.where(kept, exp(z), 0.0)
-        return _best(jnp.where(kept, z, -jnp.inf), weight, rows.top_p * row_sum(weight)[:, 0])
+        return top_mask(jnp.where(kept, z, -jnp.inf), weight, rows.top_p * row_sum(weight)[:, 0])
 
     kept &= where_used(rows.top_p < 1.0, nucleus)
 
     best = jnp.max(jnp.where(kept, z, -jnp.inf), axis=-1, keepdims=True)
     floor = jnp.where(rows.min_p > 0.0, log(rows.min_p), -jnp.inf)
     return kept & (z >= best + floor[:, None])
-
-
-def _best(score: Array, mass: Array, target: Array) -> Array:
-    """bool [B, V]: the smallest set of best-scored entries whose mass reaches target; equal scores: lowest index first.
-
-    score float32 [B, V] (not NaN), mass float32 >= 0 [B, V], target float32 [B]. A target of 0 takes one entry that has
-    mass; one that is not reached takes all of them.
-    """
-    vocab = score.shape[-1]
-    key = _ordered_bits(score)
-    threshold = _bisect(key, mass, target, bits=32)[:, None]
-    above, tied = key > threshold, key == threshold
-    missing = target - row_sum(jnp.where(above, mass, 0.0))[:, 0]
-    index_key = jnp.arange(vocab, 0, -1, dtype=jnp.uint32)[None]  # lower index, larger key; never 0
-    first = _bisect(jnp.where(tied, index_key, 0), mass, missing, bits=vocab.bit_length())[:, None]
-    return above | (tied & (index_key >= first))
-
-
-def _bisect(key: Array, mass: Array, target: Array, bits: int) -> Array:
-    """uint32 [B]: the largest threshold for which the mass of the entries with key >= threshold reaches target."""
-
-    def set_bit(i: Array, threshold: Array) -> Array:
-        candidate = threshold | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
-        reached = row_sum(jnp.where(key >= candidate[:, None], mass, 0.0))[:, 0]
-        return jnp.where((reached >= target) & (reached > 0), candidate, threshold)
-
-    return jax.lax.fori_loop(0, bits, set_bit, jnp.zeros(key.shape[0], jnp.uint32))
-
-
-def _ordered_bits(x: Array) -> Array:
-    """uint32 keys in the order of the float32 values; the two zeros are equal."""
-    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
 def gumbel_noise(seed: Array, position: Array, vocab: int) -> Array:

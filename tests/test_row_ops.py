@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import native
-from pallas_kernels.row_ops import ACTIVATIONS, UnsupportedError, api, argmax, gated, rms_norm
+from pallas_kernels.row_ops import ACTIVATIONS, UnsupportedError, api, argmax, gated, rms_norm, top_mask
 
 needs_native = pytest.mark.skipif(not native.available(), reason=native.why_not())
 ISAS = native.ISAS[: native.isa() + 1] if native.available() else ()
@@ -103,6 +103,37 @@ def test_argmax(k: int, backend: str) -> None:
     np.testing.assert_array_equal(jax.vmap(lambda row: argmax(row, backend=backend)[0])(x), index)
 
 
+def exact_top_mask(score: np.ndarray, mass: np.ndarray, target: float) -> np.ndarray:
+    order = np.lexsort((np.arange(score.size), -score))
+    sums = np.cumsum(mass[order].astype(np.float64))
+    reached = np.flatnonzero((sums >= target) & (sums > 0))
+    kept = np.zeros(score.size, bool)
+    kept[order[: reached[0] + 1] if reached.size else order] = True
+    return kept
+
+
+@pytest.mark.parametrize("k", [1, 7, 1000, 49_157])
+@pytest.mark.parametrize("ties", [False, True])
+def test_top_mask(k: int, ties: bool, backend: str) -> None:
+    rng = np.random.default_rng(k)
+    score = rng.normal(size=(10, k)).astype(np.float32) * 5
+    if ties:
+        score = np.round(score)  # both zeros among them
+    score[1] = 2.5
+    score[2, ::2] = -np.inf
+    mass = rng.integers(0, 9, score.shape).astype(np.float32)  # whose sums are exact
+    mass[2] *= np.isfinite(score[2])
+    mass[3] = 1.0
+    mass[4] = 0.0
+    mass[:4, 0] = 1.0
+    share = np.array([0.5, 0.3, 0.9, 0.0, 0.5, 1.0, 1.1, 1e-9, 0.99, 0.0], np.float32)
+    target = np.ceil(share * mass.sum(-1)).astype(np.float32)
+    target[3] = min(40, k)
+    got = np.asarray(jax.jit(lambda *a: top_mask(*a, backend=backend))(score, mass, target))
+    for i in range(10):
+        np.testing.assert_array_equal(got[i], exact_top_mask(score[i], mass[i], target[i]), err_msg=str(i))
+
+
 def test_gradients(backend: str) -> None:
     x, weights, up = rows(3, 70), rows(2, 70, seed=1), rows(3, 70, seed=2)
 
@@ -132,6 +163,8 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         gated(jnp.ones(8), jnp.ones(8), "swish")
     with pytest.raises(ValueError, match="no elements"):
         argmax(jnp.ones((2, 0)))
+    with pytest.raises(ValueError, match="do not fit together"):
+        top_mask(jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.ones(3))
     with pytest.raises(UnsupportedError, match=r"'gpu'.*accepted: auto, native, xla"):
         argmax(jnp.ones(2), backend="gpu")
     monkeypatch.setattr(api, "available", lambda: False)

@@ -54,6 +54,18 @@ def argmax(x: jax.Array, *, backend: str = "auto") -> tuple[jax.Array, jax.Array
     return _module(backend).argmax(x.astype(jnp.float32))
 
 
+def top_mask(score: jax.Array, mass: jax.Array, target: jax.Array, *, backend: str = "auto") -> jax.Array:
+    """The smallest set of best-scored entries of a row whose mass reaches the target, as bool [B, K].
+
+    score: float32 [B, K], not NaN; equal scores count in order of index. mass: float32 >= 0 [B, K]. target: float32
+    [B]; of 0 it takes one entry that has mass, and one that is not reached takes all. Backends add masses in another
+    order, so a set whose mass is the target but for rounding may differ by an entry. Errors as of rms_norm.
+    """
+    if score.ndim != 2 or score.shape != mass.shape or target.shape != score.shape[:1]:
+        raise ValueError(f"score {score.shape}, mass {mass.shape} and target {target.shape} do not fit together")
+    return _module(backend).top_mask(score, mass, target)
+
+
 def _module(backend: str) -> Any:
     if backend == "auto":
         backend = "native" if platform() == "cpu" and available() else "xla"

@@ -36,6 +36,12 @@ def argmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return index, finite
 
 
+def top_mask(score: jax.Array, mass: jax.Array, target: jax.Array) -> jax.Array:
+    """As xla.top_mask, with sums in float64."""
+    out = jax.ShapeDtypeStruct(score.shape, jnp.bool_)
+    return jax.ffi.ffi_call(register("realm_top_mask"), out, vmap_method="broadcast_all")(score, mass, target)
+
+
 def _call(name: str, like: jax.Array) -> Any:
     # What is not mapped gets an axis of 1 and is read once.
     return jax.ffi.ffi_call(register(name), jax.ShapeDtypeStruct(like.shape, jnp.float32), vmap_method="expand_dims")

@@ -3,6 +3,8 @@
 #include "row_ops.h"
 
 #include <algorithm>
+#include <cstring>
+#include <vector>
 
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
@@ -78,6 +80,89 @@ ffi::Error argmax(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::ResultBuff
   return ffi::Error::Success();
 }
 
+// A key whose order is that of the floats; the two zeros are equal.
+inline uint32_t ordered(float x) {
+  if (x == 0.0f) x = 0.0f;
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits >> 31 ? ~bits : bits | (1u << 31);
+}
+
+// The best-scored entries whose masses, added in order, reach the target, with equal scores in order of index: narrowed
+// down to a bucket of the key's upper bits, then of its middle bits, then sorted. Without a target reached, all of them.
+class TopMask {
+ public:
+  TopMask(const float* score, const float* mass, int64_t k, double target) : score_(score), mass_(mass), target_(target) {
+    thread_local std::vector<int32_t> entries, bucket;
+    entries.resize(k);
+    for (int64_t i = 0; i < k; ++i) entries[i] = static_cast<int32_t>(i);
+    for (int shift : {21, 10}) {
+      if (!narrow(entries, shift, bucket)) return;
+      entries.swap(bucket);
+    }
+    std::sort(entries.begin(), entries.end(), [&](int32_t a, int32_t b) {
+      const uint32_t left = ordered(score_[a]), right = ordered(score_[b]);
+      return left != right ? left > right : a < b;
+    });
+    for (int32_t i : entries) {
+      sum_ += mass_[i];
+      last_ = i;
+      if (reached(sum_)) break;
+    }
+  }
+
+  void write(int64_t k, bool* out) const {
+    const uint32_t threshold = last_ < 0 ? 0 : ordered(score_[last_]);
+    for (int64_t i = 0; i < k; ++i) {
+      const uint32_t key = ordered(score_[i]);
+      out[i] = last_ < 0 || key > threshold || (key == threshold && i <= last_);
+    }
+  }
+
+ private:
+  static constexpr int kBuckets = 2048;
+
+  bool reached(double sum) const { return sum >= target_ && sum > 0.0; }
+
+  // Of the entries, those in the bucket in which the target is reached; false when it is not reached.
+  bool narrow(const std::vector<int32_t>& entries, int shift, std::vector<int32_t>& out) {
+    double sums[kBuckets] = {};
+    for (int32_t i : entries) sums[ordered(score_[i]) >> shift & (kBuckets - 1)] += mass_[i];
+    for (int b = kBuckets - 1; b >= 0; --b) {
+      if (reached(sum_ + sums[b])) {
+        out.clear();
+        for (int32_t i : entries) {
+          if (static_cast<int>(ordered(score_[i]) >> shift & (kBuckets - 1)) == b) out.push_back(i);
+        }
+        return true;
+      }
+      sum_ += sums[b];
+    }
+    return false;
+  }
+
+  const float* score_;
+  const float* mass_;
+  double target_, sum_ = 0.0;  // sum_: of the entries above those that are left
+  int32_t last_ = -1;          // the last entry to keep; -1: all are kept
+};
+
+ffi::Error top_mask(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> score, ffi::Buffer<ffi::F32> mass, ffi::Buffer<ffi::F32> target,
+                    ffi::ResultBuffer<ffi::PRED> kept) {
+  const int64_t rows = target.element_count(), elements = score.element_count();
+  if (elements == 0) return ffi::Error::Success();
+  if (rows == 0 || elements % rows || elements / rows > INT32_MAX || mass.element_count() != score.element_count() ||
+      kept->element_count() != score.element_count()) {
+    return ffi::Error::InvalidArgument("score, mass, target and the result do not fit together");
+  }
+  const int64_t k = elements / rows;
+  parallel(pool, 0, Phase{rows, [&](int64_t i) {
+             TopMask mask(score.typed_data() + i * k, mass.typed_data() + i * k, k, target.typed_data()[i]);
+             mask.write(k, kept->typed_data() + i * k);
+           }});
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace realm
 
@@ -109,5 +194,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_argmax, realm::argmax,
                                   .Ret<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::PRED>>()
                                   .Attr<int64_t>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_top_mask, realm::top_mask,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::PRED>>());
 
 #pragma GCC visibility pop
