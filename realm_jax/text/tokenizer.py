@@ -141,7 +141,7 @@ class Tokenizer:
         return bool(self._vocabulary.attrs[self._checked(id)] & _HIDDEN)
 
     def _checked(self, id: int) -> int:
-        if not isinstance(id, SupportsIndex):
+        if type(id) is not int and not isinstance(id, SupportsIndex):  # the second test takes 20 times as long
             raise InvalidRequestError(f"token id {id!r} is not an integer")
         id = index(id)
         if not 0 <= id < self.vocab_size:
