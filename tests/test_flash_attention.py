@@ -32,7 +32,7 @@ NATIVE = pytest.param("native", marks=pytest.mark.skipif(not native.available(),
 TESTED = ["xla", NATIVE, "interpret", "interpret_tpu"]
 LIMIT = {"float32": 1e-6, "bfloat16": 1e-5, "float16": 1e-5}  # NMSE
 TRITON = "__gpu$xla.gpu.triton"
-NATIVE = "realm_flash_attention"
+HANDLER = "realm_flash_attention"
 CARDS = {"T4": "Tesla T4", "sm80": "NVIDIA A100-SXM4-80GB", "sm90": "NVIDIA H100 80GB HBM3"}
 
 
@@ -323,7 +323,7 @@ def exported(case: Case, dtype: str, backend: str, platform: str, card: str | No
 
     def lower() -> Any:
         program = jax.jit(jax.grad(loss, (0, 1, 2)))
-        allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (TRITON, "mosaic_gpu_v2", NATIVE)]
+        allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (TRITON, "mosaic_gpu_v2", HANDLER)]
         return jax.export.export(program, platforms=[platform], disabled_checks=allowed)(*shapes, named)
 
     if card is None:
@@ -432,7 +432,7 @@ def test_auto_takes_the_platforms_kernel() -> None:
     case = Case()
     assert exported(case, "bfloat16", "auto", "cuda", CARDS["sm90"]).count(f"@{TRITON}") == 3
     assert exported(case, "bfloat16", "auto", "tpu").count("@tpu_custom_call") == 3
-    assert (f"@{NATIVE}" in exported(case, "bfloat16", "auto", "cpu")) == native.available()
+    assert (f"@{HANDLER}" in exported(case, "bfloat16", "auto", "cpu")) == native.available()
 
 
 def test_an_old_card_is_served_by_xla_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -40,10 +40,12 @@ esac
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A repository with nothing but the scripts, in a path with a space."""
+    """A repository with nothing but the scripts and what an installation is made of, in a path with a space."""
     clone = tmp_path / "a clone"
     shutil.copytree(ROOT / "scripts", clone / "scripts")
-    (clone / "pyproject.toml").write_text("first")
+    for name in ("pyproject.toml", "setup.py", "pallas_kernels/native/a.cc", "pallas_kernels/operation/native/a.h"):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).write_text("first")
     return clone
 
 
@@ -80,7 +82,8 @@ def test_installs_once_then_starts_at_once(run: Run, clone: Path, tmp_path: Path
     second = run("-5 + 3 =")
     assert (second.returncode, second.stdout, second.stderr) == (0, "generate\n-p\n-5 + 3 =\n", "")
     assert pip_calls(tmp_path) == 1
-    assert sorted(p.name for p in clone.iterdir()) == [".venv", "pyproject.toml", "scripts"]  # the lock is gone
+    left = {path.name for path in clone.iterdir()}
+    assert left == {".venv", "pallas_kernels", "pyproject.toml", "scripts", "setup.py"}  # the lock is gone
 
 
 def test_options_before_the_prompt(run: Run, tmp_path: Path) -> None:

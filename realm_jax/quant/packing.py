@@ -1,7 +1,9 @@
 """From a tensor's bytes in the file to the arrays the kernels read, in numpy, a few megabytes at a time."""
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ from realm_jax.errors import GGUFError, UnsupportedModelError
 
 from .blocks import BLOCKS
 
-CHUNK_BYTES = 1 << 20  # of the file: temporaries are a small multiple of it, whatever the tensor's size
+CHUNK_BYTES = 1 << 20  # of the file: temporaries are a small multiple of it for each thread, whatever the tensor's size
+MAX_THREADS = 8
 
 
 def format_of(type: Any) -> Format:
@@ -84,9 +87,12 @@ def pack(
         _pack_tiles(out["tiles"], rows, shape, fmt, packed, -(-step // native.ROWS) * native.ROWS)
         return out
     flat = {name: _rows_view(a, rows) for name, a in out.items()}
-    for at in range(0, rows, step):
+
+    def write(at: int) -> None:
         for name, values in packed(at, min(at + step, rows)).items():
             flat[name][at : at + step] = values
+
+    _for_each(range(0, rows, step), write)
     return out
 
 
@@ -103,11 +109,27 @@ def _pack_tiles(
     matrices = out.reshape(-1, *out.shape[-2:])
     if not np.shares_memory(matrices, out):
         raise ValueError("out arrays must be contiguous in their leading axes")
-    for i in range(rows // n):
-        for at in range(0, n, step):
-            end = min(at + step, n)
-            into = matrices[i, at // native.ROWS : -(-end // native.ROWS)]
-            native.tile(packed(i * n + at, i * n + end), fmt, into)
+    starts = range(0, n, step)
+
+    def write(job: int) -> None:
+        i, at = job // len(starts), starts[job % len(starts)]
+        end = min(at + step, n)
+        into = matrices[i, at // native.ROWS : -(-end // native.ROWS)]
+        native.tile(packed(i * n + at, i * n + end), fmt, into)
+
+    _for_each(range(rows // n * len(starts)), write)
+
+
+def _for_each(jobs: Sequence[int], run: Callable[[int], None]) -> None:
+    """Runs the jobs on the threads this process may use: numpy and the native kernels compute without the GIL."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = min(len(jobs), cores, MAX_THREADS)
+    if threads < 2:
+        for job in jobs:
+            run(job)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, jobs))
 
 
 def _rows_view(a: np.ndarray, rows: int) -> np.ndarray:
