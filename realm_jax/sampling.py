@@ -4,9 +4,10 @@ The order in which a request's parameters act:
 
 1. repetition penalty over the tokens of prompt and output; then frequency and presence penalties over the output;
 2. logit bias;
-3. temperature;
-4. top_k, typical_p, top_p, min_p, each on what the one before it left, with probabilities renormalised over that;
-5. a draw by Gumbel-max: argmax of logits plus noise. Temperature 0 takes the argmax of step 2 instead.
+3. the mask of a grammar: what it does not allow has logit -inf from here on;
+4. temperature;
+5. top_k, typical_p, top_p, min_p, each on what the one before it left, with probabilities renormalised over that;
+6. a draw by Gumbel-max: argmax of logits plus noise. Temperature 0 takes the argmax of step 3 instead.
 
 Temperature before truncation is the order of Hugging Face transformers and vLLM; the order of the truncations among
 themselves is llama.cpp's. Among tokens of equal logit the lowest id counts as the more likely one, everywhere.
@@ -14,7 +15,8 @@ themselves is llama.cpp's. Among tokens of equal logit the lowest id counts as t
 The noise of a request is a counter-based function of (seed, position, token id) and nothing else (Salmon et al., 2011,
 "Parallel random numbers: as easy as 1, 2, 3"), so that a seed gives the same tokens alone, in any batch, in any slot,
 and when a position is computed again. Nothing here mixes rows, and pallas_kernels.numerics keeps XLA from computing a
-row differently beside others: each row's result depends on that row alone.
+row differently beside others: each row's result depends on that row alone. A row that verifies a draft is a row like
+any other: its penalties count the drafts before it as if they were output already.
 
 Truncation needs no sort: the smallest best-scored set that reaches a given mass is found by bisecting the bits of the
 scores, which costs a fixed number of passes over the vocabulary.
@@ -34,7 +36,11 @@ from realm_jax.sampling_params import MAX_LOGPROBS
 
 # A temperature below this divides logits out of float32's useful range; the draw is the argmax then anyway.
 GREEDY_BELOW = 1e-5
+# Codes in place of a token: the row's logits are not all finite; its mask allows no token.
 BAD_LOGITS = -1
+NO_TOKEN = -2
+# Most drafts that may precede a row in its batch.
+MAX_DRAFTS = 16
 
 
 @flax.struct.dataclass
@@ -100,6 +106,14 @@ def sample_greedy(logits: Array) -> Array:
     return jnp.where(finite, tokens, BAD_LOGITS)
 
 
+@jax.jit
+def sample_greedy_masked(logits: Array, masks: Array) -> Array:
+    """As `sample_greedy`, among the tokens that masks uint32 [B, mask_words(vocab)] allow; NO_TOKEN where none is."""
+    allowed = unpack_masks(masks, logits.shape[-1])
+    tokens = argmax(jnp.where(allowed, logits, -jnp.inf))[0]
+    return _checked(logits, tokens, allowed)
+
+
 @partial(jax.jit, static_argnames="truncate")
 def sample(logits: Array, rows: RowParams, truncate: bool) -> Array:
     """int32 [B] from float32 [B, vocab]: one draw per row, BAD_LOGITS for a row that is not finite.
@@ -110,13 +124,43 @@ def sample(logits: Array, rows: RowParams, truncate: bool) -> Array:
 
 
 @partial(jax.jit, donate_argnums=2)
-def sample_penalized(logits: Array, rows: RowParams, history: History) -> tuple[Array, History]:
-    """As `sample`, with penalties and bias; counts the sampled tokens in the rows of `history` that were used."""
-    tokens = _checked(logits, _draw(_penalized(logits, rows, history), rows, truncate=True))
-    vocab = logits.shape[-1]
-    counted = jnp.where(tokens == BAD_LOGITS, vocab, tokens)
-    count = history.count.at[rows.slot, counted].add(1, mode="drop")
-    return tokens, History(history.in_prompt, count, history.bias)
+def sample_shaped(
+    logits: Array, rows: RowParams, history: History, drafts: Array, masks: Array, count: Array
+) -> tuple[Array, History]:
+    """As `sample`, with penalties, bias and masks.
+
+    Args:
+      drafts: int32 [B, MAX_DRAFTS], tokens that precede the row and are not in `history`; -1 is none.
+      masks: uint32 [B, mask_words(vocab)]; NO_TOKEN for a row whose mask allows no token.
+      count: bool scalar: count the sampled tokens in the rows of `history` that were used.
+    """
+    allowed = unpack_masks(masks, logits.shape[-1])
+    x = jnp.where(allowed, _penalized(logits, rows, history, drafts), -jnp.inf)
+    tokens = _checked(logits, _draw(x, rows, truncate=True), allowed)
+    return tokens, _counted(history, rows.slot, jnp.where(count, tokens, -1))
+
+
+@partial(jax.jit, donate_argnums=0)
+def count_tokens(history: History, slots: Array, tokens: Array) -> History:
+    """Counts tokens int32 [N] as output of slots int32 [N]; a negative token or a slot out of range is none."""
+    return _counted(history, slots, tokens)
+
+
+@jax.jit
+def write_last(last: Array, slots: Array, tokens: Array) -> Array:
+    """int32 [slots + 1] with last[slots[i]] = tokens[i]; 0 for a code in place of a token, so that it can be embedded."""
+    return last.at[slots].set(jnp.maximum(tokens, 0))
+
+
+def mask_words(vocab: int) -> int:
+    """uint32 words of a mask: token i is allowed where bit i % 32 of word i // 32 is set."""
+    return -(-vocab // 32)
+
+
+def unpack_masks(masks: Array, vocab: int) -> Array:
+    """bool [B, vocab] from uint32 [B, mask_words(vocab)]."""
+    bits = (masks[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return bits.reshape(masks.shape[0], -1)[:, :vocab].astype(bool)
 
 
 @jax.jit
@@ -133,14 +177,25 @@ def token_logprobs(logits: Array, tokens: Array) -> tuple[Array, Array, Array]:
     return chosen - total, ids, values - total[:, None]
 
 
-def _checked(logits: Array, tokens: Array) -> Array:
+def _checked(logits: Array, tokens: Array, allowed: Array | None = None) -> Array:
+    if allowed is not None:
+        tokens = jnp.where(jnp.any(allowed, axis=-1), tokens, NO_TOKEN)
     return jnp.where(jnp.all(jnp.isfinite(logits), axis=-1), tokens, BAD_LOGITS)
 
 
-def _penalized(logits: Array, rows: RowParams, history: History) -> Array:
-    slot = rows.slot
+def _counted(history: History, slots: Array, tokens: Array) -> History:
+    # A negative index would count from the end; past the end it is dropped.
+    counted = jnp.where(tokens < 0, history.count.shape[-1], tokens)
+    count = history.count.at[slots, counted].add(1, mode="drop")
+    return History(history.in_prompt, count, history.bias)
+
+
+def _penalized(logits: Array, rows: RowParams, history: History, drafts: Array) -> Array:
+    slot, vocab = rows.slot, logits.shape[-1]
     in_prompt = history.in_prompt.at[slot].get(mode="clip")  # [B, vocab]
     count = history.count.at[slot].get(mode="clip")
+    row = jnp.arange(logits.shape[0])[:, None]
+    count = count.at[row, jnp.where(drafts < 0, vocab, drafts)].add(1, mode="drop")
     bias = history.bias.at[slot].get(mode="clip")
     occurred = count > 0
     repetition = rows.repetition[:, None]
@@ -165,12 +220,13 @@ def _draw(x: Array, rows: RowParams, truncate: bool) -> Array:
 def truncated(z: Array, rows: RowParams) -> Array:
     """bool [B, vocab]: the tokens that top_k, typical_p, top_p and min_p leave, given logits after temperature."""
     everything = jnp.ones(z.shape, bool)
+    possible = z > -jnp.inf  # not masked, nor divided out of float32's range
 
     def where_used(used: Array, kept: Callable[[], Array]) -> Array:
         # A truncation that no row uses is skipped on the device: each costs some fifty passes over the vocabulary.
         return jax.lax.cond(jnp.any(used), lambda: ~used[:, None] | kept(), lambda: everything)
 
-    kept = where_used(rows.top_k > 0, lambda: top_mask(z, jnp.ones_like(z), rows.top_k.astype(jnp.float32)))
+    kept = possible & where_used(rows.top_k > 0, lambda: top_mask(z, jnp.ones_like(z), rows.top_k.astype(jnp.float32)))
 
     def typical() -> Array:
         weight = jnp.where(kept, exp(z), 0.0)  # unnormalised probabilities

@@ -35,6 +35,20 @@ def make_rows(batch, **given_):
     return RowParams(**values)
 
 
+ALL = np.uint32(0xFFFFFFFF)
+
+
+def shaped(logits, rows, history, drafts=(), masks=None, count=True):
+    """sampling.sample_shaped without drafts or masks where none are given."""
+    batch, vocab = logits.shape
+    padded = np.full((batch, sampling.MAX_DRAFTS), -1, np.int32)
+    for row, given_ in zip(padded, drafts):
+        row[: len(given_)] = given_
+    if masks is None:
+        masks = np.full((batch, sampling.mask_words(vocab)), ALL)
+    return sampling.sample_shaped(logits, rows, history, padded, masks, np.bool_(count))
+
+
 def take(rows, index):
     return RowParams(**{name: getattr(rows, name)[index] for name in RowParams.__dataclass_fields__})
 
@@ -264,7 +278,7 @@ def test_every_program_gives_a_plain_request_the_same_token():
     rows = make_rows(64, temperature=np.where(np.arange(64) % 4 == 0, 0.0, 0.9))
     plain = np.asarray(sampling.sample(logits, rows, truncate=False))
     np.testing.assert_array_equal(sampling.sample(logits, rows, truncate=True), plain)
-    penalized, _ = sampling.sample_penalized(logits, rows, History.empty(64, VOCAB))
+    penalized, _ = shaped(logits, rows, History.empty(64, VOCAB))
     np.testing.assert_array_equal(penalized, plain)
     np.testing.assert_array_equal(np.asarray(sampling.sample_greedy(logits))[::4], plain[::4])
 
@@ -303,7 +317,7 @@ def test_a_row_that_is_not_finite_is_flagged_alone(bad):
     good = np.asarray(sampling.sample(logits, rows, True))
     expected = np.where(np.arange(4) == 2, BAD_LOGITS, good)
     np.testing.assert_array_equal(sampling.sample(broken, rows, True), expected)
-    tokens, history = sampling.sample_penalized(broken, rows, History.empty(4, VOCAB))
+    tokens, history = shaped(broken, rows, History.empty(4, VOCAB))
     np.testing.assert_array_equal(tokens, expected)
     assert np.asarray(history.count).sum(-1).tolist() == [1, 1, 0, 1]
     assert sampling.sample_greedy(broken)[2] == BAD_LOGITS
@@ -328,7 +342,8 @@ def test_penalties_and_bias_equal_numpy():
         3, repetition=[1.3, 1.0, 0.8], frequency=[0.5, -0.5, 0.0], presence=[0.0, 1.5, -1.0], slot=[2, 0, 1]
     )
     history = History(jnp.asarray(in_prompt), jnp.asarray(count), jnp.asarray(bias))
-    got = np.asarray(sampling._penalized(jnp.asarray(logits), rows, history))
+    none = np.full((3, sampling.MAX_DRAFTS), -1, np.int32)
+    got = np.asarray(sampling._penalized(jnp.asarray(logits), rows, history, none))
     for i, slot in enumerate([2, 0, 1]):
         penalties = rows.repetition[i], rows.frequency[i], rows.presence[i]
         expected = numpy_penalized(logits[i], in_prompt[slot], count[slot], bias[slot], *penalties)
@@ -342,7 +357,7 @@ def test_sampled_tokens_are_counted_in_their_slots():
     rows = make_rows(2, temperature=0, frequency=[0.25, 0.0], slot=[2, 0])
     walked = []
     for _ in range(4):
-        tokens, history = sampling.sample_penalized(logits, rows, history)
+        tokens, history = shaped(logits, rows, history)
         walked.append(tokens.tolist())
     assert walked == [[1, 1], [2, 1], [3, 1], [1, 1]]
     assert np.asarray(history.count).tolist() == [[0, 4, 0, 0], [0, 0, 0, 0], [0, 2, 1, 1]]
@@ -350,13 +365,13 @@ def test_sampled_tokens_are_counted_in_their_slots():
 
 def test_padding_rows_leave_no_trace():
     rows = make_rows(4, temperature=0, slot=[0, 99, 99, 99])
-    _, history = sampling.sample_penalized(random_logits(4), rows, History.empty(2, VOCAB))
+    _, history = shaped(random_logits(4), rows, History.empty(2, VOCAB))
     assert np.asarray(history.count).sum(-1).tolist() == [1, 0]
 
 
 def test_write_history_replaces_one_row():
     history = History.empty(2, 4)
-    _, history = sampling.sample_penalized(random_logits(2, 4), make_rows(2), history)
+    _, history = shaped(random_logits(2, 4), make_rows(2), history)
     seen, count, bias = np.array([True, False, True, False]), np.arange(4, dtype=np.int32), np.ones(4, np.float32)
     history = sampling.write_history(history, 1, seen, count, bias)
     np.testing.assert_array_equal(history.in_prompt[1], seen)

@@ -14,11 +14,11 @@ import numpy as np
 from realm_jax.engine.allocator import PageAllocator
 from realm_jax.engine.buckets import Buckets
 from realm_jax.engine.request import Request
-from realm_jax.engine.sampler import Sampler
+from realm_jax.engine.sampler import DrawRow, Sampler
 from realm_jax.engine.scheduler import Row, Scheduler
 from realm_jax.errors import InvalidRequestError, RealmError
 from realm_jax.interrupt import interrupt_deferred
-from realm_jax.results import Piece
+from realm_jax.results import Piece, TokenLogprob
 from realm_jax.sampling import BAD_LOGITS
 
 T = TypeVar("T")
@@ -227,7 +227,10 @@ class HostLoop:
         tables = np.stack([row.sequence.table for row in rows])
         logits = self._runner.step([row.tokens for row in rows], [row.start for row in rows], tables)
         drawing = [row.sequence if row.samples else None for row in rows]
-        drawn = self._sampler.draw(logits, drawing) if any(drawing) else [(0, None)] * len(rows)
+        drawn: list[tuple[int, TokenLogprob | None]] = [(0, None)] * len(rows)
+        if any(drawing):
+            to_draw = [None if request is None else DrawRow(request, request.length) for request in drawing]
+            drawn = self._sampler.dispatch(logits, to_draw, count=True).collect()
         for row, request, (token, logprob) in zip(rows, drawing, drawn):
             row.sequence.cached = row.stop
             if request is None:

@@ -1,41 +1,94 @@
 """The host's side of sampling: parameters of the running requests by slot, and which compiled program a batch needs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from realm_jax import sampling
 from realm_jax.engine.request import Request
 from realm_jax.results import TokenLogprob
-from realm_jax.sampling import GREEDY_BELOW, History, RowParams
+from realm_jax.sampling import GREEDY_BELOW, MAX_DRAFTS, History, RowParams
 from realm_jax.sampling_params import SamplingParams
 
 _NEUTRAL = SamplingParams()
 
 
+@dataclass(frozen=True)
+class DrawRow:
+    """One row of logits that a token is drawn from.
+
+    Attributes:
+      request: whose token; it has a slot.
+      position: index in its sequence of the token drawn.
+      drafts: proposed tokens at positions position - len(drafts) .. position - 1, which the request does not have yet;
+        at most MAX_DRAFTS.
+      mask: uint32 [mask_words(vocab)], the tokens allowed (realm_jax.sampling.unpack_masks); None: all of them.
+    """
+
+    request: Request
+    position: int
+    drafts: tuple[int, ...] = ()
+    mask: np.ndarray | None = None
+
+
+class Drawn:
+    """Tokens on their way from the device. tokens: int32 [rows bucket], still being computed perhaps."""
+
+    def __init__(self, tokens: jax.Array, logprobs: tuple[jax.Array, ...] | None, rows: Sequence[DrawRow | None]):
+        self.tokens = tokens
+        self._logprobs = logprobs
+        self._wanted = [None if row is None else row.request.params.logprobs for row in rows]
+
+    def collect(self) -> list[tuple[int, TokenLogprob | None]]:
+        """Waits for the device: of each row its token, or BAD_LOGITS or NO_TOKEN, and its log probability if wanted.
+
+        What stands where a row was None means nothing.
+        """
+        tokens = np.asarray(self.tokens)[: len(self._wanted)].tolist()
+        entries: list[TokenLogprob | None] = [None] * len(tokens)
+        if self._logprobs is not None:
+            chosen, ids, values = map(np.asarray, self._logprobs)
+            for i, wanted in enumerate(self._wanted):
+                if wanted is not None:
+                    top = tuple(zip(ids[i, :wanted].tolist(), values[i, :wanted].tolist()))
+                    entries[i] = TokenLogprob(tokens[i], float(chosen[i]), top)
+        return list(zip(tokens, entries))
+
+
 class Sampler:
     """Draws tokens for batches of rows that belong to slots.
 
-    Four programs per batch size: greedy, plain temperature, with truncation, with penalties or bias; a batch runs the
-    least of them that serves all of its rows, and a row gets the same token from each that serves it. A fifth reports
-    log probabilities.
+    Five programs per batch size: greedy, greedy under masks, plain temperature, with truncation, and the one that can do
+    everything, for penalties, bias, and masks at a temperature. A batch runs the least of them that serves all of its
+    rows, and a row gets the same token from each that serves it. A sixth reports log probabilities.
+
+    Attributes:
+      last_tokens: int32 [slots + 1] on the device, of each slot the token that the last counting dispatch drew for it.
     """
 
     def __init__(self, slots: int, vocab_size: int):
         self._slots = slots
         self._vocab = vocab_size
-        self._history: History | None = None  # made when the first request needs it
         # One row more than slots: what padding and rows that draw nothing are given.
         self._params = _allocate(slots + 1)
         self._shaped = np.zeros(slots + 1, bool)
         self._truncates = np.zeros(slots + 1, bool)
         for slot in range(slots + 1):
             self._write_params(slot, _NEUTRAL, 0)
+        self._history: History | None = None  # made when the first request needs it
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the device's state, which a failed call may have consumed; no slot may be in use."""
+        self._history = None
+        self.last_tokens = jnp.zeros(self._slots + 1, jnp.int32)
 
     def bind(self, request: Request) -> None:
-        """Gives a slot's parameters and history to the request that now runs in it."""
+        """Gives a slot's parameters and history to the request that now runs in it, with what it has generated."""
         slot, params = cast(int, request.slot), request.params
         self._write_params(slot, params, request.seed)
         if self._shaped[slot] and self._history is None:
@@ -49,58 +102,79 @@ class Sampler:
             bias = np.zeros(self._vocab, np.float32)
             for token, value in (params.logit_bias or {}).items():
                 bias[token] = value
-            self._history = sampling.write_history(self._history, np.int32(slot), in_prompt, count, bias)
+            history, self._history = self._history, None  # donated: lost if the call fails
+            self._history = sampling.write_history(history, np.int32(slot), in_prompt, count, bias)
 
-    def draw(self, logits: jax.Array, requests: Sequence[Request | None]) -> list[tuple[int, TokenLogprob | None]]:
-        """A token for each request, from its row of logits float32 [at least len(requests), vocab].
+    def dispatch(self, logits: jax.Array, rows: Sequence[DrawRow | None], count: bool) -> Drawn:
+        """Starts drawing a token for each row from its row of logits float32 [at least len(rows), vocab].
 
-        None in place of a request: its row draws nothing and its token here means nothing. BAD_LOGITS where a row is
-        not finite.
+        Waits for nothing. None in place of a row: its token means nothing.
+
+        Args:
+          count: the tokens drawn become output: penalties count them, `last_tokens` has them. Without it nothing is
+            remembered, and `accept` counts what was accepted. A slot has at most one row in a counting dispatch.
         """
         slots = np.full(logits.shape[0], self._slots, np.int32)
-        for i, request in enumerate(requests):
-            if request is not None:
-                slots[i] = cast(int, request.slot)
-        drawn = self._run(logits, slots, requests)
-        entries: list[TokenLogprob | None] = [None] * len(requests)
-        if any(r is not None and r.params.logprobs is not None for r in requests):
-            entries = self._logprobs(logits, drawn, requests)
-        return list(zip(np.asarray(drawn).tolist(), entries))
+        for i, row in enumerate(rows):
+            if row is not None:
+                slots[i] = cast(int, row.request.slot)
+        tokens = self._run(logits, slots, rows, count)
+        if count:
+            self.last_tokens = sampling.write_last(self.last_tokens, slots, tokens)
+        logprobs = None
+        if any(row is not None and row.request.params.logprobs is not None for row in rows):
+            logprobs = sampling.token_logprobs(logits, tokens)
+        return Drawn(tokens, logprobs, rows)
 
-    def reset(self) -> None:
-        """Forgets the device's state, which a failed call may have consumed; no slot may be in use."""
-        self._history = None
+    def accept(self, slots_and_tokens: Sequence[tuple[int, int]]) -> None:
+        """Counts tokens that a dispatch without `count` drew and that became output; at most MAX_DRAFTS + 1 per slot."""
+        counted = [(slot, token) for slot, token in slots_and_tokens if self._shaped[slot]]
+        if not counted:
+            return
+        # Of one size, so that there is one program.
+        slots = np.full(self._slots * (MAX_DRAFTS + 1), self._slots, np.int32)
+        tokens = np.full(len(slots), -1, np.int32)
+        slots[: len(counted)], tokens[: len(counted)] = zip(*counted)
+        history, self._history = self._taken_history(), None
+        self._history = sampling.count_tokens(history, slots, tokens)
 
-    def _run(self, logits: jax.Array, slots: np.ndarray, requests: Sequence[Request | None]) -> jax.Array:
+    def _run(self, logits: jax.Array, slots: np.ndarray, rows: Sequence[DrawRow | None], count: bool) -> jax.Array:
+        masked = any(row is not None and row.mask is not None for row in rows)
         shaped, truncates = self._shaped[slots].any(), self._truncates[slots].any()
         if not shaped and (self._params["temperature"][slots] < GREEDY_BELOW).all():
+            if masked:
+                return sampling.sample_greedy_masked(logits, self._masks(len(slots), rows))
             return sampling.sample_greedy(logits)
         position = np.zeros(len(slots), np.int32)
-        for i, request in enumerate(requests):
-            if request is not None:
-                position[i] = request.length
+        for i, row in enumerate(rows):
+            if row is not None:
+                position[i] = row.position
         picked = {name: values[slots] for name, values in self._params.items()}
-        rows = RowParams(position=position, slot=slots, **picked)  # type: ignore[arg-type]
-        history, self._history = self._history, None  # donated where it is used: lost if the call fails
-        if not shaped or history is None:
-            self._history = history
-            return sampling.sample(logits, rows, truncate=bool(truncates))
-        tokens, self._history = sampling.sample_penalized(logits, rows, history)
+        params = RowParams(position=position, slot=slots, **picked)  # type: ignore[arg-type]
+        if not shaped and not masked:
+            return sampling.sample(logits, params, truncate=bool(truncates))
+        if self._history is None and not shaped:  # a mask alone: no row of it is read, nor need be right
+            self._history = History.empty(self._slots, self._vocab)
+        drafts = np.full((len(slots), MAX_DRAFTS), -1, np.int32)
+        for i, row in enumerate(rows):
+            if row is not None:
+                drafts[i, : len(row.drafts)] = row.drafts
+        masks = self._masks(len(slots), rows)
+        history, self._history = self._taken_history(), None  # donated: lost if the call fails
+        tokens, self._history = sampling.sample_shaped(logits, params, history, drafts, masks, np.bool_(count))
         return tokens
 
-    def _logprobs(
-        self, logits: jax.Array, drawn: jax.Array, requests: Sequence[Request | None]
-    ) -> list[TokenLogprob | None]:
-        tokens, chosen, ids, values = map(np.asarray, (drawn, *sampling.token_logprobs(logits, drawn)))
-        entries: list[TokenLogprob | None] = []
-        for i, request in enumerate(requests):
-            wanted = None if request is None else request.params.logprobs
-            if wanted is None:
-                entries.append(None)
-            else:
-                top = tuple(zip(ids[i, :wanted].tolist(), values[i, :wanted].tolist()))
-                entries.append(TokenLogprob(int(tokens[i]), float(chosen[i]), top))
-        return entries
+    def _masks(self, size: int, rows: Sequence[DrawRow | None]) -> np.ndarray:
+        masks = np.full((size, sampling.mask_words(self._vocab)), 0xFFFFFFFF, np.uint32)
+        for i, row in enumerate(rows):
+            if row is not None and row.mask is not None:
+                masks[i] = row.mask
+        return masks
+
+    def _taken_history(self) -> History:
+        if self._history is None:  # without it penalties would silently not act
+            raise RuntimeError("the sampler's history was lost in a failed call; reset it and bind its requests again")
+        return self._history
 
     def _write_params(self, slot: int, params: SamplingParams, seed: int) -> None:
         row = self._params
