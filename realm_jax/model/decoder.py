@@ -5,6 +5,7 @@ What differs between architectures is data: ModelConfig, and which tensors a lay
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax import lax
 
 from pallas_kernels import row_ops
 from pallas_kernels.paged_attention import KVPages
+from realm_jax.model.adapters import HEAD, RowAdapters
 from realm_jax.model.attention import CacheView, attend
 from realm_jax.model.config import ModelConfig
 from realm_jax.model.experts import mixture
@@ -32,6 +34,7 @@ def forward(
     pool: KVPages,
     view: CacheView,
     *,
+    lora: RowAdapters | None = None,
     backend: str = "auto",
 ) -> tuple[jax.Array, KVPages]:
     """One sequence through all layers.
@@ -42,34 +45,59 @@ def forward(
         positions: int32 [T], consecutive from the sequence's cached tokens on; -1 marks padding at the end.
         pool: the cache of all sequences, not batched under vmap; donate it, and its rows are written in place.
         view: which of its pages are the sequence's.
+        lora: adapters, with the sequence's slot; None for a model without any, whose program is then the plain one.
         backend: of the kernels, static.
 
     Returns:
         Hidden states float32 [T, hidden], normalised, ready for `logits`; and the pool with the new rows in it, for all
         sequences of a vmap together (out_axes None).
     """
+    mix = partial(attend, view=view, positions=positions, backend=backend)
+    return run_layers(params, config, plan, tokens, positions, pool, mix, lora=lora, backend=backend)
+
+
+def run_layers(
+    params: Params,
+    config: ModelConfig,
+    plan: LayerPlan,
+    tokens: jax.Array,
+    positions: jax.Array,
+    pool: Any,
+    mix: Callable[..., tuple[jax.Array, Any]],
+    *,
+    lora: RowAdapters | None = None,
+    backend: str = "auto",
+) -> tuple[jax.Array, Any]:
+    """`forward` with any attention: mix(q, k, v, pool, layer=, window=, scale=, ...) -> (mixed, pool), as attend."""
     with jax.named_scope("embedding"):
-        x = params.tables["token_embd.weight"].take_rows(tokens) * config.embedding_scale
+        x = params.tables["token_embd.weight"].take_rows(tokens)
+        if lora is not None:
+            x = lora.add_embedding(x, tokens, backend)
+        x = x * config.embedding_scale
     with jax.named_scope("rope"):
         turns = _rotations(params.rope, positions)
 
-    def layer(x, pool, weights: LayerWeights, number: jax.Array, rope: jax.Array, window: jax.Array):
+    def layer(x, pool, weights: LayerWeights, rope: jax.Array, window: jax.Array):
         cos_sin = (turns[0][rope], turns[1][rope])
-        mix = partial(attend, view=view, positions=positions, layer=number, window=window, backend=backend)
-        return _layer(x, pool, weights, config, cos_sin, mix)
+        return _layer(x, pool, weights, config, cos_sin, partial(mix, layer=weights.number, window=window))
 
     for segment in plan.segments:
-        x, pool = _run_segment(x, pool, params, config, plan, segment, layer, backend)
+        x, pool = _run_segment(x, pool, params, config, plan, segment, layer, lora, backend)
     with jax.named_scope("output_norm"):
         weight = params.tables["output_norm.weight"]
         return row_ops.rms_norm(x, weight, config.norm_eps, backend=row_backend(backend)), pool
 
 
-def logits(params: Params, config: ModelConfig, hidden: jax.Array, *, backend: str = "auto") -> jax.Array:
-    """Hidden states float32 [..., hidden] -> float32 [..., vocab]."""
+def logits(
+    params: Params, config: ModelConfig, hidden: jax.Array, *, lora: RowAdapters | None = None, backend: str = "auto"
+) -> jax.Array:
+    """Hidden states float32 [..., hidden] -> float32 [..., vocab]. The slots of `lora` have hidden's leading axes, or
+    the first of them."""
     with jax.named_scope("head"):
         head = params.tables.get("output.weight", params.tables["token_embd.weight"])
         out = head.matmul(hidden, backend=backend)
+        if lora is not None:
+            [out] = lora.add(hidden, [HEAD], [out], 0, backend)
         if "output.bias" in params.tables:
             out = out + params.tables["output.bias"]
         if config.logit_scale != 1.0:
@@ -85,6 +113,7 @@ def _run_segment(
     plan: LayerPlan,
     segment: Segment,
     layer: Callable[..., tuple[jax.Array, KVPages]],
+    lora: RowAdapters | None,
     backend: str,
 ) -> tuple[jax.Array, KVPages]:
     """Scans over the repeats of a segment, the layers of its period unrolled in the body."""
@@ -114,8 +143,9 @@ def _run_segment(
         x, pool = carry
         data, places = scanned
         for j, row in enumerate(signature):
-            weights = LayerWeights(params, {role: (stack, places[j][role]) for role, stack, _ in row}, backend)
-            x, pool = layer(x, pool, weights, data["number"][j], data["rope"][j], data["window"][j])
+            at = {role: (stack, places[j][role]) for role, stack, _ in row}
+            weights = LayerWeights(params, at, backend, data["number"][j], lora)
+            x, pool = layer(x, pool, weights, data["rope"][j], data["window"][j])
         return (x, pool), None
 
     carry, _ = lax.scan(body, (x, pool), (data, places))

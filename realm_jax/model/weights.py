@@ -5,17 +5,20 @@ from dataclasses import dataclass
 import jax
 
 from pallas_kernels import row_ops
+from realm_jax.model.adapters import RowAdapters
 from realm_jax.model.params import Params
 from realm_jax.quant import matmuls
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """The weights of one layer: for each role a stack, and a (traced) index into it."""
+    """The weights of one layer: for each role a stack, and a (traced) index into it; and the rows' adapters, if any."""
 
     params: Params
     places: dict[str, tuple[str, jax.Array]]  # role -> (stack, index)
     backend: str
+    number: jax.Array  # int32 scalar: of the layer in the model
+    lora: RowAdapters | None = None
 
     def __contains__(self, role: str) -> bool:
         return role in self.places
@@ -38,12 +41,16 @@ class LayerWeights:
         """float32 [..., K] -> float32 [..., N], bias included where the layer has one."""
         stack, index = self.places[f"{name}.weight"]
         y = self.params.stacks[stack].matmul(x, layer=index, backend=self.backend)
+        if self.lora is not None:
+            [y] = self.lora.add(x, [f"{name}.weight"], [y], self.number, self.backend)
         return y + self.vector(f"{name}.bias") if f"{name}.bias" in self.places else y
 
     def linears(self, x: jax.Array, *names: str) -> list[jax.Array]:
         """`linear` of several layers' weights that share x, in one call where the kernels have one."""
         places = [self.places[f"{name}.weight"] for name in names]
         ys = matmuls(x, [self.params.stacks[stack] for stack, _ in places], [i for _, i in places], self.backend)
+        if self.lora is not None:
+            ys = self.lora.add(x, [f"{name}.weight" for name in names], ys, self.number, self.backend)
         return [y + self.vector(f"{n}.bias") if f"{n}.bias" in self.places else y for n, y in zip(names, ys)]
 
     def expert_linear(self, x: jax.Array, ids: jax.Array, name: str) -> jax.Array:
