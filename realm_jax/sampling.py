@@ -148,7 +148,7 @@ def count_tokens(history: History, slots: Array, tokens: Array) -> History:
 
 @jax.jit
 def write_last(last: Array, slots: Array, tokens: Array) -> Array:
-    """int32 [slots + 1] with last[slots[i]] = tokens[i]; 0 for a code in place of a token, so that it can be embedded."""
+    """int32 [slots + 1] with last[slots[i]] = tokens[i], or 0 for a code, as only tokens can be embedded."""
     return last.at[slots].set(jnp.maximum(tokens, 0))
 
 

@@ -62,9 +62,9 @@ class Drawn:
 class Sampler:
     """Draws tokens for batches of rows that belong to slots.
 
-    Five programs per batch size: greedy, greedy under masks, plain temperature, with truncation, and the one that can do
-    everything, for penalties, bias, and masks at a temperature. A batch runs the least of them that serves all of its
-    rows, and a row gets the same token from each that serves it. A sixth reports log probabilities.
+    Five programs per batch size: greedy, greedy under masks, plain temperature, with truncation, and the one that can
+    do everything, for penalties, bias, and masks at a temperature. A batch runs the least of them that serves all of
+    its rows, and a row gets the same token from each that serves it. A sixth reports log probabilities.
 
     Attributes:
       last_tokens: int32 [slots + 1] on the device, of each slot the token that the last counting dispatch drew for it.
@@ -127,7 +127,7 @@ class Sampler:
         return Drawn(tokens, logprobs, rows)
 
     def accept(self, slots_and_tokens: Sequence[tuple[int, int]]) -> None:
-        """Counts tokens that a dispatch without `count` drew and that became output; at most MAX_DRAFTS + 1 per slot."""
+        """Counts tokens that became output after a dispatch without `count`; at most MAX_DRAFTS + 1 per slot."""
         counted = [(slot, token) for slot, token in slots_and_tokens if self._shaped[slot]]
         if not counted:
             return
