@@ -12,6 +12,7 @@ FLOORS = [
     {"bench"},
     {"llm"},
     {"arguments", "engine"},
+    {"lora"},
     {"sampling", "model"},
     {"cache", "quant", "text", "registry"},
     {"gguf", "results", "sampling_params"},
