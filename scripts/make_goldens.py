@@ -39,8 +39,10 @@ EVERY = 4
 DIVERGENCE_CHUNKS, DIVERGENCE_TOKENS = 8, 256
 
 
-def llama_cpp_logits(path: Path, tokens: list[int], context: int) -> np.ndarray:
-    """float32 [T, vocab]: llama.cpp's logits at every position, the whole sequence in one batch."""
+def llama_cpp_logits(
+    path: Path, tokens: list[int], context: int, adapter: Path | None = None, scale: float = 1.0
+) -> np.ndarray:
+    """float32 [T, vocab]: llama.cpp's logits at every position, the whole sequence in one batch; adapter: a LoRA's file."""
     import llama_cpp
 
     model_params = llama_cpp.llama_model_default_params()
@@ -58,6 +60,13 @@ def llama_cpp_logits(path: Path, tokens: list[int], context: int) -> np.ndarray:
     handle = llama_cpp.llama_init_from_model(model, context_params)
     if not handle:
         raise SystemExit(f"llama.cpp makes no context for {path.name}")
+    if adapter is not None:
+        lora = llama_cpp.llama_adapter_lora_init(model, str(adapter).encode())
+        if not lora:
+            raise SystemExit(f"llama.cpp does not load {adapter.name}")
+        loras = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(lora)
+        if llama_cpp.llama_set_adapters_lora(handle, loras, 1, (ctypes.c_float * 1)(scale)) != 0:
+            raise SystemExit(f"llama.cpp does not use {adapter.name}")
     batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
     try:
         batch.n_tokens = len(tokens)
