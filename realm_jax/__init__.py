@@ -20,6 +20,7 @@ from realm_jax.errors import (
     GGUFError,
     InvalidRequestError,
     ModelNotFoundError,
+    QuotaError,
     RealmError,
     TokenizerError,
     UnsupportedModelError,
@@ -27,6 +28,8 @@ from realm_jax.errors import (
 from realm_jax.interrupt import interrupt_deferred
 
 if TYPE_CHECKING:
+    from realm_jax.engine.engine import Engine, Request
+    from realm_jax.engine.tenants import Tenant
     from realm_jax.llm import LLM
     from realm_jax.sampling_params import SamplingParams
 
@@ -39,16 +42,26 @@ __all__ = [
     "CapacityError",
     "ChatTemplateError",
     "DownloadError",
+    "Engine",
     "GGUFError",
     "InvalidRequestError",
     "ModelNotFoundError",
+    "QuotaError",
     "RealmError",
+    "Request",
     "SamplingParams",
+    "Tenant",
     "TokenizerError",
     "UnsupportedModelError",
 ]
 
-_LAZY = {"LLM": "realm_jax.llm", "SamplingParams": "realm_jax.sampling_params"}
+_LAZY = {
+    "LLM": "realm_jax.llm",
+    "SamplingParams": "realm_jax.sampling_params",
+    "Engine": "realm_jax.engine.engine",
+    "Request": "realm_jax.engine.engine",
+    "Tenant": "realm_jax.engine.tenants",
+}
 
 
 def __getattr__(name: str) -> Any:

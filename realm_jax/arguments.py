@@ -1,6 +1,6 @@
 """Checking what callers of the public API pass: each mistake is one line that says what would be accepted."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,20 +61,25 @@ def check_context_length(value: Any) -> None:
         raise InvalidRequestError(f"context_length is {brief(value)}; accepted: an integer >= 1, or None")
 
 
-def refuse_request_options(options: dict[str, Any]) -> None:
-    """Refuses what generate, stream and chat are given beyond their arguments."""
-    if options.get("speculate") is False:
-        options = {name: value for name, value in options.items() if name != "speculate"}
-    refuse_options(options, later=("adapter", "speculate"), known="params")
+def adapters_for(adapter: Any, count: int, batch: bool) -> list[str | None]:
+    """One adapter's name, or None, for each of `count` prompts, of which there may be several if `batch`."""
+    if adapter is None or isinstance(adapter, str):
+        return [adapter] * count
+    accepted = "a name or None" + (", or one of these for each of a list of prompts" if batch else "")
+    if not batch or not isinstance(adapter, (list, tuple)):
+        raise InvalidRequestError(f"adapter is {brief(adapter)}; accepted: {accepted}")
+    if len(adapter) != count:
+        raise InvalidRequestError(f"{len(adapter)} adapters are given for {count} prompts; accepted: as many, or one")
+    for i, one in enumerate(adapter):
+        if one is not None and not isinstance(one, str):
+            raise InvalidRequestError(f"adapter[{i}] is {brief(one)}; accepted: {accepted}")
+    return list(adapter)
 
 
-def refuse_options(options: Mapping[str, Any], later: Sequence[str], known: str) -> None:
-    """Refuses unknown options, and those of later versions (`later`) that are given."""
-    for name, value in options.items():
-        if name not in later:
-            raise InvalidRequestError(f"unknown option {name!r}; accepted: {known}")
-        if value is not None:
-            raise InvalidRequestError(f"{name} is not supported in this version; accepted: None")
+def refuse_options(options: Mapping[str, Any], known: str) -> None:
+    """Refuses options that are not known."""
+    for name in options:
+        raise InvalidRequestError(f"unknown option {name!r}; accepted: {known}")
 
 
 @contextmanager

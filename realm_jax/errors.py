@@ -41,5 +41,9 @@ class CapacityError(RealmError):
     """A request does not fit the memory, context or queue it was sent to."""
 
 
+class QuotaError(CapacityError):
+    """A tenant is over its quota; the message says when, or for what, it may ask again."""
+
+
 class BackendError(RealmError):
     """The requested kernel backend is not available here or does not support the case."""

@@ -1,9 +1,7 @@
 """One model in this process: text, chat, logits, embeddings and perplexity."""
 
 import math
-import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -11,33 +9,18 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from realm_jax.arguments import (
-    brief,
-    check_context_length,
-    check_token_ids,
-    is_batch,
-    naming,
-    params_for,
-    refuse_options,
-    refuse_request_options,
-)
-from realm_jax.engine.loop import HostLoop
-from realm_jax.engine.request import Request, choice_seed, collect
+from realm_jax.arguments import adapters_for, brief, is_batch, naming, params_for, refuse_options
+from realm_jax.engine.core import Core, Progress
+from realm_jax.engine.request import Request, collect
 from realm_jax.engine.runner import Runner
 from realm_jax.errors import ChatTemplateError, InvalidRequestError, RealmError
-from realm_jax.gguf import open_gguf
-from realm_jax.interrupt import interrupt_deferred
-from realm_jax.model import check_model, load_model
-from realm_jax.model.backend import resolve_backend
-from realm_jax.registry import resolve
+from realm_jax.lora import check_scale
 from realm_jax.results import Piece, Result
 from realm_jax.sampling_params import SamplingParams, shown
-from realm_jax.text import ChatTemplate, load_chat_template, load_tokenizer
+from realm_jax.text import ChatTemplate
 
 Prompt = str | Sequence[int] | np.ndarray
-Progress = Callable[[str, int, int], None]
-
-MAX_BATCH = 1024
+_REQUEST_OPTIONS = "params, adapter, adapter_scale, speculate"
 _MAX_LOG = 709  # exp of more is no float
 
 
@@ -55,6 +38,9 @@ class LLM:
         max_batch: int = 8,
         backend: Literal["auto", "xla", "native", "pallas"] = "auto",
         *,
+        mesh: str | None = None,
+        draft: str | Path | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
         progress: Progress | None = None,
         **options: Any,
     ):
@@ -66,47 +52,35 @@ class LLM:
             was trained on, at most 4096.
           max_batch: most requests that run at once (1 to 1024); more wait their turn.
           backend: kernels to use; "auto" takes the best there is.
+          mesh: not supported in this version: anything but None is refused.
+          draft: "ngram" or a model with the same vocabulary, named as `model` is: requests then speculate unless they
+            say otherwise, which changes how fast their tokens come and not which.
+          adapters: LoRA adapters by name: GGUF files or PEFT folders, see `load_adapter`.
           progress: called as progress(what, bytes done, bytes in all or 0) while the model is fetched and loaded, and
             before a program is compiled.
-          options: none in this version: mesh, draft and adapters are refused unless None.
 
         Raises:
-          InvalidRequestError: an option is unknown, not supported in this version, or out of range.
+          InvalidRequestError: an option is unknown, not supported in this version, or out of range; a draft's
+            vocabulary is another one.
+          AdapterError: an adapter is damaged, or made for another model.
           BackendError: the backend is not available here.
           ModelNotFoundError, DownloadError: there is no such model, or it could not be fetched.
           GGUFError, UnsupportedModelError, TokenizerError: the file is damaged, or holds what is not supported.
         """
-        refuse_options(
-            options, later=("mesh", "draft", "adapters"), known="context_length, max_batch, backend, progress"
+        refuse_options(options, "context_length, max_batch, backend, mesh, draft, adapters, progress")
+        self._core = Core(
+            model,
+            context_length=context_length,
+            max_batch=max_batch,
+            backend=backend,
+            mesh=mesh,
+            draft=draft,
+            adapters=adapters,
+            progress=progress,
         )
-        if (
-            isinstance(max_batch, bool)
-            or not isinstance(max_batch, (int, np.integer))
-            or not 1 <= max_batch <= MAX_BATCH
-        ):
-            raise InvalidRequestError(f"max_batch is {shown(max_batch)}; accepted: an integer from 1 to {MAX_BATCH}")
-        check_context_length(context_length)
-        kernels = resolve_backend(backend)
-        if not isinstance(model, (str, Path)) or not str(model):
-            raise InvalidRequestError(f"model is {brief(model)}; accepted: a path, a model's name or a repository id")
-        with open_gguf(resolve(model, progress)) as file:
-            self.path = Path(file.path)
-            with interrupt_deferred():
-                check_model(file, context_length)  # before the tokenizer, and both before the weights, which take long
-                self._tokenizer = load_tokenizer(file)
-            loaded = load_model(file, context_length, progress, backend=kernels)
-            self._template: ChatTemplate | ChatTemplateError
-            try:
-                self._template = load_chat_template(file)
-            except ChatTemplateError as error:  # matters to chat() without a template of the caller's
-                self._template = error
-        self.config = loaded.config
-        runner = Runner(loaded, max_batch=int(max_batch))
-        if progress is not None:
-            runner.on_compile = lambda what: progress(f"compiling for {what}", 0, 0)
-        self._runner: Runner | None = runner
-        self._process = os.getpid()
-        self._loop = HostLoop(runner)
+        self.path = self._core.path
+        self.config = self._core.config
+        self._loop = self._core.loop
 
     @property
     def context_length(self) -> int:
@@ -130,6 +104,10 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | Sequence[str | None] | None = None,
+        adapter_scale: float = 1.0,
+        speculate: bool | int | None = None,
         **options: Any,
     ) -> Result | list[Result]:
         """Completes one prompt, or several together.
@@ -137,38 +115,54 @@ class LLM:
         Args:
           prompts: a string or a list of token ids, or a list of such prompts.
           params: for all prompts, or a list with one for each; None: SamplingParams().
-          options: none in this version: adapter and speculate are refused unless None (speculate: or False).
+          adapter: name of a loaded adapter, or a list with one, or None, for each prompt; None: the model as it is.
+          adapter_scale: times the scale that the adapter was loaded with.
+          speculate: True or a number (that many at most): guess tokens with the draft that LLM was made with, or by
+            n-gram lookup, and keep those that the model confirms; False: do not; None: as LLM was made.
 
         Returns:
           A Result for one prompt, a list of them in the same order for a list.
 
         Raises:
           InvalidRequestError: something is wrong with a prompt or its params; nothing has run then.
+          AdapterError: an adapter is not loaded.
           CapacityError: a request needs more of the cache than there is.
           RealmError: the model's logits were not finite; the other prompts of the list are given up too.
         """
-        refuse_request_options(options)
+        refuse_options(options, _REQUEST_OPTIONS)
         self._check_open()
         batch = is_batch(prompts)
         listed: Sequence[Any] = prompts if batch else [prompts]  # type: ignore[assignment]
         each = params_for(params, len(listed), batch)
+        names = adapters_for(adapter, len(listed), batch)
         groups = []
-        for i, (prompt, wanted) in enumerate(zip(listed, each)):
+        for i, (prompt, wanted, name) in enumerate(zip(listed, each, names)):
             with naming(f"prompt {i}: " if batch else ""):
-                groups.append(self._requests(self._tokens(prompt, "prompt"), wanted))
+                tokens = self._core.tokens(prompt, "prompt")
+                groups.append(self._requests(tokens, wanted, name, adapter_scale, speculate))
         results = self._run(groups)
         return results if batch else results[0]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Iterator[Piece]:
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        adapter_scale: float = 1.0,
+        speculate: bool | int | None = None,
+        **options: Any,
+    ) -> Iterator[Piece]:
         """Completes one prompt piece by piece, as it is generated; the last piece has a finish_reason.
 
         Closing the iterator, or leaving it to be collected, cancels the request. Arguments and errors: see generate;
         params.n must be 1. What is wrong with the arguments is raised by this call, not by the first piece.
         """
-        refuse_request_options(options)
+        refuse_options(options, _REQUEST_OPTIONS)
         self._check_open()
         [wanted] = params_for(params, 1, batch=False)
-        return self._stream(self._tokens(prompt, "prompt"), wanted)
+        [name] = adapters_for(adapter, 1, batch=False)
+        return self._stream(self._core.tokens(prompt, "prompt"), wanted, name, adapter_scale, speculate)
 
     @overload
     def chat(
@@ -178,6 +172,7 @@ class LLM:
         *,
         stream: Literal[False] = False,
         template: str | None = None,
+        **options: Any,
     ) -> Result: ...
 
     @overload
@@ -188,6 +183,7 @@ class LLM:
         *,
         stream: Literal[True],
         template: str | None = None,
+        **options: Any,
     ) -> Iterator[Piece]: ...
 
     def chat(
@@ -197,6 +193,9 @@ class LLM:
         *,
         stream: bool = False,
         template: str | None = None,
+        adapter: str | None = None,
+        adapter_scale: float = 1.0,
+        speculate: bool | int | None = None,
         **options: Any,
     ) -> Result | Iterator[Piece]:
         """The assistant's answer to a conversation.
@@ -206,26 +205,61 @@ class LLM:
           params: see generate.
           stream: return an iterator of pieces, as `stream` does, instead of a Result.
           template: Jinja2 source of a chat template; None: the one in the model's file.
+          adapter, adapter_scale, speculate: see generate.
 
         Raises:
           ChatTemplateError: the file has no template, or it cannot be used; see also generate.
         """
-        refuse_request_options(options)
+        refuse_options(options, f"{_REQUEST_OPTIONS}, stream, template")
         self._check_open()
         [wanted] = params_for(params, 1, batch=False)
+        [name] = adapters_for(adapter, 1, batch=False)
         tokens = self._chat_tokens(messages, template)
-        return self._stream(tokens, wanted) if stream else self._run([self._requests(tokens, wanted)])[0]
+        if stream:
+            return self._stream(tokens, wanted, name, adapter_scale, speculate)
+        return self._run([self._requests(tokens, wanted, name, adapter_scale, speculate)])[0]
 
-    def logits(self, tokens: Sequence[int] | np.ndarray, **options: Any) -> np.ndarray:
-        """float32 [T, vocab]: the model's logits after each of T token ids.
+    def logits(self, tokens: Sequence[int] | np.ndarray, adapter: str | None = None, **options: Any) -> np.ndarray:
+        """float32 [T, vocab]: the model's logits after each of T token ids, with an adapter if one is named.
 
         Raises:
           InvalidRequestError: no tokens, an id outside the vocabulary, or more tokens than the context holds.
+          AdapterError: the adapter is not loaded.
         """
-        refuse_options(options, later=("adapter",), known="tokens")
+        refuse_options(options, "tokens, adapter")
         runner = self._check_open()
-        ids = self._fitting(self._checked_ids(tokens, "tokens"))
-        return self._loop.exclusively(len(ids), partial(runner.step_all, ids, 0))
+        ids = self._fitting(self._core.checked_ids(tokens, "tokens"))
+        [name] = adapters_for(adapter, 1, batch=False)
+
+        def work(table: np.ndarray) -> np.ndarray:
+            if name is None:
+                return runner.step_all(ids, 0, table)
+            return self._loop.placed(name, lambda placed: runner.step_all(ids, 0, table, placed))
+
+        return self._loop.exclusively(len(ids), work)
+
+    def load_adapter(self, name: str, path: str | Path, scale: float = 1.0) -> None:
+        """Loads a LoRA adapter, or replaces the one of that name; requests that run keep what they started with.
+
+        Args:
+          name: for `adapter=`.
+          path: a GGUF adapter as llama.cpp's converter writes them, or a PEFT folder.
+          scale: of what it adds, beside its own alpha / rank.
+
+        Raises:
+          AdapterError: it is damaged, or made for another model. Everything is as before then.
+        """
+        self._check_open()
+        self._loop.load_adapter(name, path, scale)
+
+    def unload_adapter(self, name: str) -> None:
+        """Takes an adapter's name away; requests that use it run to their end. AdapterError for an unknown one."""
+        self._check_open()
+        self._loop.unload_adapter(name)
+
+    def warm_up(self) -> None:
+        """Compiles every program that requests may need; without it, the first that needs one waits for it."""
+        self._core.warm_up()
 
     def embed(self, texts: str | Sequence[str]) -> np.ndarray:
         """float32 [N, dim]: one vector of unit length for each text (one row for a single string).
@@ -242,7 +276,7 @@ class LLM:
         all_ids = []
         for i, text in enumerate(listed):
             with naming(f"text {i}: "):
-                all_ids.append(self._fitting(self._tokens(text, "text")))
+                all_ids.append(self._fitting(self._core.tokens(text, "text")))
         vectors = np.empty((len(listed), self.config.hidden_size), np.float32)
         for i, ids in enumerate(all_ids):
             states = self._loop.exclusively(len(ids), partial(runner.hidden_all, ids, 0))
@@ -263,7 +297,7 @@ class LLM:
         self._check_open()
         if not isinstance(text, str):
             raise InvalidRequestError(f"text is {brief(text)}; accepted: a string")
-        return self._tokenizer.encode(text, add_special, parse_special)
+        return self._core.tokenizer.encode(text, add_special, parse_special)
 
     def detokenize(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text of token ids, special tokens as they are written; bytes that are no UTF-8 become U+FFFD.
@@ -272,7 +306,7 @@ class LLM:
           InvalidRequestError: an id outside the vocabulary.
         """
         self._check_open()
-        return self._tokenizer.decode(self._checked_ids(tokens, "tokens", empty_ok=True).tolist())
+        return self._core.tokenizer.decode(self._core.checked_ids(tokens, "tokens", empty_ok=True).tolist())
 
     def perplexity(self, text: str, context_length: int = 512) -> float:
         """exp of the mean negative log-likelihood of a text's tokens, as llama.cpp's perplexity tool defines it.
@@ -304,8 +338,8 @@ class LLM:
         total = 0.0
         for chunk in tokens[: count * context_length].reshape(count, context_length):
             ids = chunk.copy()
-            if self._tokenizer.add_bos and self._tokenizer.bos_id is not None:
-                ids[0] = self._tokenizer.bos_id
+            if self._core.tokenizer.add_bos and self._core.tokenizer.bos_id is not None:
+                ids[0] = self._core.tokenizer.bos_id
             logits = self._loop.exclusively(len(ids), partial(runner.step_all, ids, 0))
             total += _negative_log_likelihood(logits[first:-1], chunk[first + 1 :])
         mean = total / (count * (context_length - first - 1))
@@ -315,10 +349,7 @@ class LLM:
 
     def close(self) -> None:
         """Cancels what runs and lets go of the weights. Any other use of the object afterwards is refused."""
-        self._loop.close()
-        if isinstance(self._template, ChatTemplate):
-            self._template.close()
-        self._runner = None
+        self._core.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -329,11 +360,7 @@ class LLM:
         self.close()
 
     def _check_open(self) -> Runner:
-        if self._runner is None:
-            raise InvalidRequestError("the model was closed; load it again")
-        if os.getpid() != self._process:  # JAX's threads do not come along: the first step would wait for ever
-            raise InvalidRequestError("the model was loaded before a fork; load it in the process that uses it")
-        return self._runner
+        return self._core.check_open()
 
     def _run(self, groups: list[list[Request]]) -> list[Result]:
         """Runs all requests together; one result per group, which holds the n choices of one prompt."""
@@ -346,10 +373,17 @@ class LLM:
                 self._loop.cancel(requests)
         return [_with_choices(group) for group in results]
 
-    def _stream(self, tokens: np.ndarray, params: SamplingParams) -> Iterator[Piece]:
+    def _stream(
+        self,
+        tokens: np.ndarray,
+        params: SamplingParams,
+        adapter: str | None,
+        adapter_scale: float,
+        speculate: bool | int | None,
+    ) -> Iterator[Piece]:
         if params.n != 1:
             raise InvalidRequestError(f"n is {params.n}; accepted: 1 when streaming")
-        [request] = self._requests(tokens, params)
+        [request] = self._requests(tokens, params, adapter, adapter_scale, speculate)
 
         def pieces() -> Iterator[Piece]:
             try:
@@ -361,33 +395,18 @@ class LLM:
 
         return pieces()
 
-    def _requests(self, tokens: np.ndarray, params: SamplingParams) -> list[Request]:
-        params.check_vocabulary(self.config.vocab_size)
-        seed = secrets.randbits(64) if params.seed is None else params.seed
-        requests = [
-            Request(
-                tokens,
-                params,
-                seed=choice_seed(seed, choice),
-                tokenizer=self._tokenizer,
-                context_length=self.context_length,
-            )
-            for choice in range(params.n)
-        ]
-        self._loop.scheduler.check(requests[0].limit)
-        return requests
-
-    def _tokens(self, prompt: Any, what: str) -> np.ndarray:
-        """int32 ids of a prompt, checked."""
-        if not isinstance(prompt, str):
-            return self._checked_ids(prompt, what)
-        if not prompt:
-            raise InvalidRequestError(f"the {what} is empty; accepted: at least one character")
-        ids = self._tokenizer.encode(prompt, add_special=True, parse_special=True)
-        return self._checked_ids(ids, what)
-
-    def _checked_ids(self, tokens: Any, what: str, empty_ok: bool = False) -> np.ndarray:
-        return check_token_ids(tokens, what, self.config.vocab_size, empty_ok)
+    def _requests(
+        self,
+        tokens: np.ndarray,
+        params: SamplingParams,
+        adapter: str | None,
+        adapter_scale: float,
+        speculate: bool | int | None,
+    ) -> list[Request]:
+        scale = check_scale(adapter_scale)
+        if adapter is not None:
+            self._loop.check_adapter(adapter)
+        return self._core.requests(tokens, params, adapter=adapter, adapter_scale=scale, speculate=speculate)
 
     def _fitting(self, ids: np.ndarray) -> np.ndarray:
         if len(ids) > self.context_length:
@@ -396,9 +415,9 @@ class LLM:
 
     def _chat_tokens(self, messages: Sequence[Mapping[str, Any]], source: str | None) -> np.ndarray:
         if source is None:
-            if isinstance(self._template, ChatTemplateError):
-                raise self._template
-            text = self._template.render(messages)
+            if isinstance(self._core.template, ChatTemplateError):
+                raise self._core.template
+            text = self._core.template.render(messages)
         else:
             if not isinstance(source, str):
                 raise InvalidRequestError(f"template is {brief(source)}; accepted: a string, or None")
@@ -407,16 +426,16 @@ class LLM:
                 text = template.render(messages)
             finally:
                 template.close()
-        ids = self._tokenizer.encode(text, add_special=True, parse_special=True)
+        ids = self._core.tokenizer.encode(text, add_special=True, parse_special=True)
         # Templates that write BOS themselves are common; a model is trained on one of it.
-        bos = self._tokenizer.bos_id
-        if self._tokenizer.add_bos and ids[:2] == [bos, bos]:
+        bos = self._core.tokenizer.bos_id
+        if self._core.tokenizer.add_bos and ids[:2] == [bos, bos]:
             ids = ids[1:]
-        return self._checked_ids(ids, "conversation")
+        return self._core.checked_ids(ids, "conversation")
 
     def _special_text(self, name: Literal["bos_id", "eos_id"]) -> str:
-        token = getattr(self._tokenizer, name)
-        return "" if token is None else self._tokenizer.token_bytes(token).decode("utf-8", "replace")
+        token = getattr(self._core.tokenizer, name)
+        return "" if token is None else self._core.tokenizer.token_bytes(token).decode("utf-8", "replace")
 
 
 def _with_choices(group: list[Result]) -> Result:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,31 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Usage:
-    """Counts of tokens: in the prompt, generated (the one that ended the generation included), and together."""
+    """Counts of tokens: in the prompt, generated (the one that ended the generation included), and together.
+
+    cached_tokens: of the prompt, those whose keys and values were in the prefix cache and were not computed.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """What speculation did for a request.
+
+    Attributes:
+      rounds: steps that verified drafts.
+      drafted: tokens proposed in them; accepted: those of them that the model itself drew.
+      acceptance: the chance that a draft is accepted if those before it were; None where there were none.
+    """
+
+    rounds: int
+    drafted: int
+    accepted: int
+    acceptance: float | None
 
 
 @dataclass(frozen=True)
@@ -60,10 +80,11 @@ class Result:
     Attributes:
       text: the generated text, special tokens and whatever follows a stop string left out.
       tokens: every generated token id, the one that ended the generation included.
-      finish_reason: "stop" (end-of-generation token, stop token or stop string), "length" (max_tokens or a full
-        context) or "cancelled".
+      finish_reason: "stop" (end-of-generation token, stop token or stop string, or a grammar's end), "length"
+        (max_tokens or a full context), "cancelled" or "deadline".
       logprobs: one entry per token, or None when SamplingParams.logprobs is None.
       usage, timing: of this completion alone.
+      speculation: None where it was not asked for.
       choices: all n completions, this one first, when SamplingParams.n > 1; else empty.
     """
 
@@ -73,6 +94,7 @@ class Result:
     logprobs: list[TokenLogprob] | None
     usage: Usage
     timing: Timing
+    speculation: Speculation | None = None
     choices: list["Result"] = field(default_factory=list)
 
 
@@ -84,7 +106,7 @@ class Piece:
       text: text that is final: never half a character, never part of a stop string. It may be empty.
       tokens: the token ids sampled since the last piece.
       logprobs: one entry per token in `tokens`, or None.
-      finish_reason, usage, timing: None before the last piece.
+      finish_reason, usage, timing, speculation: None before the last piece.
     """
 
     text: str
@@ -93,3 +115,4 @@ class Piece:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     timing: Timing | None = None
+    speculation: Speculation | None = None

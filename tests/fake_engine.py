@@ -5,6 +5,7 @@ sequences, a wrong start or an uncomputed token therefore changes the hash, and 
 """
 
 import hashlib
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ class FakeRunner:
         self.num_pages = num_pages
         self.max_pages_per_slot = max_pages_per_slot
         self.vocab_size = VOCAB
-        self.buckets = Buckets(rows=Buckets.up_to(max_batch).rows, tokens=(1, 4, chunk))
+        self.buckets = replace(Buckets.up_to(max_batch), tokens=(1, 4, chunk))
         self.pool = np.full((num_pages, PAGE), EMPTY, np.int32)
         self.steps: list[list[tuple[int, int]]] = []  # per step, (start, tokens) of each row
         self.overrides: dict[bytes, np.ndarray] = {}  # logits after exactly these tokens
@@ -49,13 +50,26 @@ class FakeRunner:
         pages = table[: -(-length // PAGE)]
         return self.pool[pages].reshape(-1)[:length]
 
-    def step(self, tokens, starts, tables) -> jax.Array:
+    @property
+    def compiled(self):
+        return 0
+
+    def reset(self):
+        self.pool[:] = EMPTY
+
+    def step(self, tokens, starts, tables, *, source=None, last_tokens=None, stacks=None, slots=None) -> jax.Array:
         if self.before_step is not None:
             self.before_step(tokens, starts)
-        assert 1 <= len(tokens) <= self.max_batch
+        assert 1 <= len(tokens) <= self.buckets.all_rows[-1]
         assert tables.shape == (len(tokens), self.max_pages_per_slot)
         assert tables.dtype == np.int32
         self.steps.append([(start, len(row)) for row, start in zip(tokens, starts)])
+        tokens = [np.array(row) for row in tokens]
+        if source is not None:
+            for row, at in zip(tokens, source):
+                if at >= 0:
+                    assert len(row) == 1
+                    row[0] = np.asarray(last_tokens)[at]
         for row, start, table in zip(tokens, starts, tables):
             assert 1 <= len(row) <= self.chunk
             for i, token in enumerate(row):
@@ -82,12 +96,16 @@ class FakeTokenizer:
         return bytes([token]) if token < 256 else b"?"
 
 
-def make_request(prompt, context_length=64, seed=0, max_tokens=20, **params) -> Request:
+def make_request(prompt, context_length=64, seed=0, max_tokens=20, options=None, **params) -> Request:
+    """options: of Request, such as tenant."""
     params["max_tokens"] = max_tokens
     ids = (
         np.frombuffer(prompt, np.uint8).astype(np.int32) if isinstance(prompt, bytes) else np.asarray(prompt, np.int32)
     )
-    return Request(ids, SamplingParams(**params), seed=seed, tokenizer=FakeTokenizer(), context_length=context_length)
+    sampling = SamplingParams(**params)
+    return Request(
+        ids, sampling, seed=seed, tokenizer=FakeTokenizer(), context_length=context_length, **(options or {})
+    )
 
 
 def expected_greedy(prompt: bytes, count: int) -> list[int]:

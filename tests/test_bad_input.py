@@ -228,7 +228,7 @@ def test_running_out_of_memory_on_the_device_ends_a_request_only(llm, monkeypatc
     def exhausted(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.\nmore")
 
-    llm._runner._pool = None
+    llm._core.runner._pool = None
     with monkeypatch.context() as patch:
         patch.setattr(runner_module, "allocate_pages", exhausted)
         with pytest.raises(CapacityError, match=r"out of memory .*8589934592 bytes") as caught:

@@ -6,13 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from realm_jax.engine.allocator import PageAllocator
-from realm_jax.engine.scheduler import Scheduler, Sequence
-from realm_jax.errors import CapacityError
+from realm_jax.engine.prefix import chain, first_key
+from realm_jax.engine.scheduler import QUANTUM, Scheduler
+from realm_jax.engine.sequence import Sequence
+from realm_jax.engine.tenants import Tenant
+from realm_jax.errors import CapacityError, InvalidRequestError
 
 CHUNK, PAGE = 16, 4
 
 
-def make_scheduler(pages=32, slots=3, budget=2 * CHUNK, table_size=16):
+def make_scheduler(pages=32, slots=3, budget=2 * CHUNK, table_size=16, tenants=(), fair=True):
     def padded(tokens):
         return next(size for size in (1, 4, CHUNK) if size >= tokens)
 
@@ -24,19 +27,46 @@ def make_scheduler(pages=32, slots=3, budget=2 * CHUNK, table_size=16):
         chunk=CHUNK,
         padded=padded,
         prefill_budget=budget,
+        tenants=tenants,
+        fair=fair,
     )
 
 
-def make_sequence(prompt, output=4):
-    return Sequence(np.arange(prompt, dtype=np.int32), prompt + output)
+def make_sequence(prompt, output=4, **options):
+    tokens = np.arange(prompt, dtype=np.int32) if isinstance(prompt, int) else np.asarray(prompt, np.int32)
+    return Sequence(tokens, len(tokens) + output, **{"cache": False} | options)
 
 
-def run(rows):
+def run(scheduler, rows):
     """Plays the device and the sampler: computes the rows, appends a token to those that sample."""
     for row in rows:
-        row.sequence.cached = row.stop
-        if row.samples and row.sequence.length < row.sequence.limit:
+        scheduler.dispatched(row)
+        if row.samples:
+            row.sequence.drawn -= 1
             row.sequence.append(7)
+            scheduler.generated(row.sequence, 1)
+
+
+def finish(scheduler):
+    """Takes out what has all its tokens; returns it."""
+    done = [one for one in scheduler.running if one.length == one.limit]
+    for one in done:
+        scheduler.remove(one)
+    return done
+
+
+def drain(scheduler, steps=2000):
+    """Runs all that is there to its end; returns the steps it took."""
+    for count in range(steps):
+        scheduler.admit()
+        rows = scheduler.next_batch()
+        if not rows:
+            assert not scheduler.running
+            assert not scheduler.waiting
+            return count
+        run(scheduler, rows)
+        finish(scheduler)
+    raise AssertionError("it does not end")
 
 
 def test_allocator_hands_out_each_page_once():
@@ -59,15 +89,28 @@ def test_allocator_refuses_pages_that_are_not_out(wrong):
     assert pages.free == 3
 
 
-def test_first_come_first_served_even_if_a_later_one_would_fit():
+def test_first_in_line_first_served_even_if_a_later_one_would_fit():
     scheduler = make_scheduler(pages=8, slots=3)
-    big, bigger, small = make_sequence(16), make_sequence(20), make_sequence(2)
+    big, bigger, small = make_sequence(20), make_sequence(24), make_sequence(2)
     for sequence in (big, bigger, small):
         scheduler.submit(sequence)
     assert scheduler.admit() == [big]
     assert scheduler.admit() == []
     scheduler.remove(big)
     assert scheduler.admit() == [bigger, small]
+
+
+def test_priorities_order_a_tenants_line():
+    scheduler = make_scheduler(slots=1)
+    low, high, next_high = make_sequence(2), make_sequence(2, priority=5), make_sequence(2, priority=5)
+    for sequence in (low, high, next_high):
+        scheduler.submit(sequence)
+    order = []
+    while scheduler.waiting or scheduler.running:
+        order += scheduler.admit()
+        run(scheduler, scheduler.next_batch())
+        finish(scheduler)
+    assert order == [high, next_high, low]
 
 
 def test_slots_bound_what_runs():
@@ -87,14 +130,14 @@ def test_decoding_goes_on_while_prompts_are_prefilled():
     old, new = make_sequence(3, output=10), make_sequence(40)
     scheduler.submit(old)
     scheduler.admit()
-    run(scheduler.next_batch())
+    run(scheduler, scheduler.next_batch())
     scheduler.submit(new)
     scheduler.admit()
     seen = []
     for _ in range(3):
         rows = scheduler.next_batch()
         seen.append({(row.sequence is new, row.start, row.stop, row.samples) for row in rows})
-        run(rows)
+        run(scheduler, rows)
     assert seen == [
         {(False, 3, 4, True), (True, 0, 16, False)},
         {(False, 4, 5, True), (True, 16, 32, False)},
@@ -115,9 +158,9 @@ def test_how_a_prompt_is_cut_depends_on_it_alone(length):
         while sequence.cached < length:
             rows = scheduler.next_batch()
             found += [(row.start, row.stop) for row in rows if row.sequence is sequence]
-            run(rows)
-            for done in [one for one in scheduler.running if one.length == one.limit]:
-                scheduler.remove(done)
+            run(scheduler, rows)
+            finish(scheduler)
+            scheduler.admit()
         return found
 
     alone = cuts([])
@@ -147,14 +190,231 @@ def test_what_can_never_run_is_refused_with_both_numbers():
         make_scheduler(pages=100).check(65)
 
 
-def test_tables_list_the_pages_in_order():
+def test_tables_list_the_pages_in_order_as_they_are_needed():
     scheduler = make_scheduler()
     sequence = make_sequence(9)  # limit 13: 4 pages
     scheduler.submit(sequence)
     scheduler.admit()
-    assert sequence.table[:4].tolist() == sequence.pages
+    run(scheduler, scheduler.next_batch())
+    assert len(sequence.pages) == 3
+    assert sequence.table[:3].tolist() == sequence.pages
     assert sequence.table.shape == (16,)
     assert sequence.table.dtype == np.int32
+
+
+def test_rows_of_drafts_have_pages_and_stay_below_the_limit():
+    scheduler = make_scheduler()
+    sequence = make_sequence(3, output=4)
+    scheduler.submit(sequence)
+    scheduler.admit()
+    run(scheduler, scheduler.next_batch())
+    [row] = scheduler.next_batch(lambda decoding: {one.id: (7, 8, 9, 10, 11) for one in decoding})
+    assert (row.start, row.stop, row.drafts) == (3, 4, (7, 8))  # 4 known, 7 at most, and the row itself brings one
+    assert len(sequence.pages) == 2
+
+
+def test_a_token_that_is_not_read_yet_is_taken_from_the_device():
+    scheduler = make_scheduler()
+    sequence = make_sequence(3, output=3)
+    scheduler.submit(sequence)
+    scheduler.admit()
+    seen = []
+    for _ in range(3):
+        [row] = scheduler.next_batch()
+        scheduler.dispatched(row)
+        seen.append((row.start, row.stop, row.unread))
+        if sequence.drawn == 2:  # the host reads one step behind
+            sequence.drawn -= 1
+            sequence.append(7)
+    assert seen == [(0, 3, False), (3, 4, True), (4, 5, True)]
+    assert scheduler.next_batch() == []  # the last token is on its way
+
+
+def test_when_pages_run_out_the_last_to_come_makes_room_and_loses_nothing():
+    scheduler = make_scheduler(pages=6, slots=3)
+    first, second = make_sequence(8, output=12), make_sequence(8, output=12)
+    scheduler.submit(first)
+    scheduler.submit(second)
+    for _ in range(40):
+        scheduler.admit()
+        run(scheduler, scheduler.next_batch())
+        finish(scheduler)
+    assert scheduler.preemptions >= 1
+    assert first.length == second.length == 20
+    assert scheduler.pages.free == 6
+
+
+def prefix_tokens(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 99, count).astype(np.int32)
+
+
+def test_a_prefix_is_found_again_within_a_tenant_only():
+    scheduler = make_scheduler(tenants=[Tenant("a"), Tenant("b")], slots=1)
+    tokens = prefix_tokens(18)
+
+    def reused(tenant, tokens, **options):
+        sequence = make_sequence(tokens, cache=True, tenant=tenant, **options)
+        scheduler.submit(sequence)
+        drain(scheduler)
+        return sequence.reused
+
+    assert reused("a", tokens) == 0
+    assert reused("a", tokens) == 16
+    assert reused("b", tokens) == 0
+    assert reused("a", tokens, adapter_key=b"another") == 0
+    assert reused("a", tokens[:16]) == 12  # at least one token is computed
+    assert reused("a", np.append(tokens[:8], 1)) == 8
+    assert make_sequence(tokens, cache=False).first_key is None
+    assert scheduler.available == scheduler.pages.total
+
+
+def test_a_tenant_cannot_tell_anothers_cache_from_an_empty_one():
+    """Pages hit, tokens prefilled and steps run are those of a cold cache, whatever the other tenant had cached."""
+
+    def trace(warm):
+        scheduler = make_scheduler(tenants=[Tenant("a"), Tenant("b")], slots=2, pages=64)
+        if warm:
+            for count in (40, 24, 17):
+                scheduler.submit(make_sequence(prefix_tokens(count), cache=True, tenant="a"))
+                drain(scheduler)
+        seen = []
+        for count in (40, 24, 24, 17):
+            sequence = make_sequence(prefix_tokens(count), cache=True, tenant="b")
+            scheduler.submit(sequence)
+            scheduler.admit()
+            computed = []
+            while scheduler.running:
+                rows = scheduler.next_batch()
+                computed += [(row.start, row.stop) for row in rows]
+                run(scheduler, rows)
+                finish(scheduler)
+            seen.append((sequence.reused, computed))
+        return seen
+
+    assert trace(warm=True) == trace(warm=False)
+
+
+def test_a_public_prefix_is_shared_by_all():
+    scheduler = make_scheduler(tenants=[Tenant("a"), Tenant("b")], slots=1)
+    tokens = prefix_tokens(18)
+    scheduler.cache.public |= set(chain(first_key(), tokens[:8], PAGE, scheduler.cache.public_salt))
+    seen = []
+    for tenant in "abab":
+        sequence = make_sequence(tokens, cache=True, tenant=tenant)
+        scheduler.submit(sequence)
+        drain(scheduler)
+        seen.append(sequence.reused)
+    assert seen[:2] == [0, 8]
+    assert seen[2:] in ([8, 8], [16, 16])
+
+
+def test_what_is_least_recently_used_goes_first_and_floors_stay():
+    scheduler = make_scheduler(pages=8, slots=1, tenants=[Tenant("a", min_pages=2), Tenant("b")])
+
+    def use(tenant, seed, count=9):
+        sequence = make_sequence(prefix_tokens(count, seed), cache=True, tenant=tenant, output=1)
+        scheduler.submit(sequence)
+        drain(scheduler)
+        return sequence.reused
+
+    assert [use("a", 1), use("b", 2), use("b", 3), use("b", 2)] == [0, 0, 0, 8]
+    assert use("b", 4) == 0  # takes room of the oldest that may go: 3, not the floor of a
+    assert use("b", 2) == 8
+    assert use("b", 3) == 4  # the end of a prefix goes before its beginning
+    assert use("a", 1) == 8
+
+
+def test_ceilings_bound_what_a_tenant_holds():
+    scheduler = make_scheduler(pages=40, slots=3, tenants=[Tenant("a", max_pages=6), Tenant("b")])
+    with pytest.raises(CapacityError, match="28 tokens need 7 pages of the cache; tenant 'a' has 6: 24 tokens"):
+        scheduler.check(28, "a")
+    for seed in range(4):
+        scheduler.submit(make_sequence(prefix_tokens(12, seed), cache=True, tenant="a"))
+    account = scheduler.account("a")
+    for _ in range(200):
+        scheduler.admit()
+        rows = scheduler.next_batch()
+        assert len(scheduler._charged(account)) <= 6
+        if not rows:
+            break
+        run(scheduler, rows)
+        finish(scheduler)
+    assert not account.active
+
+
+FLOOD = 400
+
+
+def flooded(fair, steps=600, weights=(1.0, 1.0), lengths=(40, 12), outputs=(6, 16)):
+    """Tenant a fills the queue first, then b does; returns the scheduler, the worst gap and the service of each."""
+    tenants = [Tenant(name, weight=weight) for name, weight in zip("ab", weights)]
+    scheduler = make_scheduler(pages=64, slots=4, tenants=tenants, fair=fair, budget=4 * CHUNK)
+    for name, length, output in zip("ab", lengths, outputs):
+        for _ in range(FLOOD):
+            scheduler.submit(make_sequence(length, output=output, tenant=name))
+    worst = 0.0
+    for _ in range(steps):
+        scheduler.admit()
+        worst = max(worst, scheduler.gap())
+        run(scheduler, scheduler.next_batch())
+        finish(scheduler)
+    return scheduler, worst, [account.counter * account.tenant.weight for account in scheduler.accounts.values()]
+
+
+def test_two_floods_share_within_the_bound_and_far_better_than_in_order_of_arrival():
+    fair, gap, served = flooded(fair=True)
+    _, other_gap, _ = flooded(fair=False)
+    assert gap <= fair.gap_bound()
+    assert other_gap >= 10 * gap
+    assert served[0] == pytest.approx(served[1], rel=0.2)
+
+
+def test_weights_are_shares():
+    _, _, served = flooded(fair=True, weights=(3.0, 1.0), lengths=(12, 12), outputs=(8, 8))
+    assert served[0] / served[1] == pytest.approx(3.0, rel=0.15)
+
+
+@pytest.mark.parametrize("length", [5, CHUNK, 3 * CHUNK])
+def test_a_light_tenant_waits_for_a_step_and_its_own_prefill(length):
+    scheduler, _, _ = flooded(fair=True, steps=50)
+    scheduler = make_scheduler(pages=64, slots=4, tenants=[Tenant("flood"), Tenant("light")], budget=4 * CHUNK)
+    for _ in range(50):
+        scheduler.submit(make_sequence(40, output=16, tenant="flood"))
+    for _ in range(20):
+        scheduler.admit()
+        run(scheduler, scheduler.next_batch())
+        finish(scheduler)
+    light = make_sequence(length, tenant="light")
+    scheduler.submit(light)  # while a step runs
+    steps = 0
+    while light.length == light.prompt_length:
+        scheduler.admit()
+        run(scheduler, scheduler.next_batch())
+        finish(scheduler)
+        steps += 1
+    assert steps == -(-length // CHUNK)
+
+
+def test_nothing_is_saved_up_while_idle():
+    scheduler = make_scheduler(tenants=[Tenant("busy"), Tenant("idle")], slots=2, pages=64)
+    for _ in range(60):
+        scheduler.submit(make_sequence(10, tenant="busy"))
+    for _ in range(100):
+        scheduler.admit()
+        run(scheduler, scheduler.next_batch())
+        finish(scheduler)
+    busy, idle = scheduler.account("busy"), scheduler.account("idle")
+    assert busy.counter > QUANTUM / 4 > idle.counter
+    scheduler.submit(make_sequence(4, tenant="idle"))
+    assert idle.counter == busy.counter
+
+
+def test_tenants_are_known_by_name():
+    scheduler = make_scheduler(tenants=[Tenant("a")])
+    with pytest.raises(InvalidRequestError, match="unknown tenant 'b'; accepted: a"):
+        scheduler.account("b")
+    with pytest.raises(InvalidRequestError, match="tenant 'a' is given twice"):
+        make_scheduler(tenants=[Tenant("a"), Tenant("a")])
 
 
 @settings(max_examples=150, deadline=None)
@@ -162,30 +422,48 @@ def test_tables_list_the_pages_in_order():
 def test_random_operations_keep_the_books(data):
     """Whatever happens: no page is in two places, nobody starves, and at the end all is free again."""
     slots, total = data.draw(st.integers(1, 4)), data.draw(st.integers(8, 24))
-    scheduler = make_scheduler(pages=total, slots=slots, budget=data.draw(st.sampled_from([1, 16, 40])))
+    tenants = [Tenant("a", weight=2.0, min_pages=1), Tenant("b", max_pages=8), Tenant("c")]
+    budget = data.draw(st.sampled_from([1, 16, 40]))
+    scheduler = make_scheduler(pages=total, slots=slots, budget=budget, tenants=tenants)
     alive = []
-    for _ in range(data.draw(st.integers(1, 40))):
-        action = data.draw(st.sampled_from(["submit", "cancel", "step", "step"]))
+    for _ in range(data.draw(st.integers(1, 60))):
+        action = data.draw(st.sampled_from(["submit", "submit", "cancel", "step", "step", "step"]))
         if action == "submit":
-            sequence = make_sequence(data.draw(st.integers(1, 24)), data.draw(st.integers(1, 8)))
-            scheduler.check(sequence.limit)
+            tokens = prefix_tokens(data.draw(st.integers(1, 20)), seed=data.draw(st.integers(0, 1)))
+            options = {"tenant": data.draw(st.sampled_from("abc")), "cache": data.draw(st.booleans())}
+            sequence = make_sequence(tokens, data.draw(st.integers(1, 8)), **options)
+            scheduler.check(sequence.limit, sequence.tenant)
             scheduler.submit(sequence)
             alive.append(sequence)
         elif action == "cancel" and alive:
             scheduler.remove(alive.pop(data.draw(st.integers(0, len(alive) - 1))))
         else:
             step(scheduler, alive)
-        held = [page for sequence in scheduler.running for page in sequence.pages]
-        assert len(set(held)) == len(held)
-        assert len(held) + scheduler.pages.free == total
-        assert len({sequence.slot for sequence in scheduler.running}) == len(scheduler.running) <= slots
-        assert len(scheduler.running) + len(scheduler.waiting) == len(alive)
-    for _ in range(2000):
+        check_books(scheduler, alive, slots)
+    for _ in range(3000):
         if not alive:
             break
         step(scheduler, alive)
+        assert scheduler.gap() <= scheduler.gap_bound()
     assert not alive
+    assert scheduler.available == total
+    scheduler.cache.forget()
     assert scheduler.pages.free == total
+
+
+def check_books(scheduler, alive, slots):
+    holders = {}
+    for sequence in scheduler.running:
+        assert sequence.table[: len(sequence.pages)].tolist() == sequence.pages
+        for page in sequence.pages:
+            holders[page] = holders.get(page, 0) + 1
+    for entry in scheduler.cache._entries.values():
+        holders[entry.page] = holders.get(entry.page, 0) + 1
+    assert {page: scheduler.pages.holders(page) for page in holders} == holders
+    assert len(holders) + scheduler.pages.free == scheduler.pages.total
+    assert len({sequence.slot for sequence in scheduler.running}) == len(scheduler.running) <= slots
+    assert len(scheduler.running) + len(scheduler.waiting) == len(alive)
+    assert set(scheduler._arrived) == {sequence.id for sequence in alive}
 
 
 def step(scheduler, alive):
@@ -193,11 +471,8 @@ def step(scheduler, alive):
     rows = scheduler.next_batch()
     assert bool(rows) == bool(alive)  # somebody can always go on
     assert all(row.sequence.cached == row.start < row.stop <= row.sequence.length for row in rows)
-    before = {id(row.sequence): row.sequence.length for row in rows}
-    run(rows)
-    for row in rows:
-        if row.samples and before[id(row.sequence)] == row.sequence.limit:
-            raise AssertionError("ran past its limit")
-        if row.sequence.length == row.sequence.limit:
-            scheduler.remove(row.sequence)
-            alive.remove(row.sequence)
+    written = [page for row in rows for page in row.sequence.pages[row.start // PAGE : -(-row.stop // PAGE)]]
+    assert len(set(written)) == len(written)  # what is shared is not written
+    run(scheduler, rows)
+    for sequence in finish(scheduler):
+        alive.remove(sequence)

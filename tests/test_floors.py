@@ -11,14 +11,17 @@ FLOORS = [
     {"cli"},
     {"bench"},
     {"llm"},
-    {"arguments", "engine"},
-    {"lora"},
-    {"sampling", "model"},
+    {"engine"},
+    {"arguments", "lora", "structured"},
+    {"sampling", "structured", "model"},
     {"cache", "quant", "text", "registry"},
     {"gguf", "results", "sampling_params"},
     {"errors", "interrupt", "pallas_kernels"},
 ]
-WITHOUT_JAX = {"cli", "text", "registry", "gguf", "results", "sampling_params", "errors", "interrupt", "arguments"}
+WITHOUT_JAX = {"cli", "text", "structured", "registry", "gguf", "results", "sampling_params", "errors"} | {
+    "interrupt",
+    "arguments",
+}
 FILES = sorted(
     path.relative_to(ROOT) for name in ("realm_jax", "pallas_kernels") for path in (ROOT / name).rglob("*.py")
 )

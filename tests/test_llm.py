@@ -50,7 +50,7 @@ def llm(shared):
     scheduler = shared._loop.scheduler
     assert not scheduler.running
     assert not scheduler.waiting
-    assert scheduler.pages.free == scheduler.pages.total
+    assert scheduler.available == scheduler.pages.total
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_greedy_tokens_are_the_argmax_of_the_logits(llm):
     assert out.tokens == greedy_by_logits(llm, prompt, 12)
     assert out.finish_reason == "length"
     assert (out.usage.prompt_tokens, out.usage.completion_tokens, out.usage.total_tokens) == (20, 12, 32)
-    assert out.text == llm._tokenizer.decode(out.tokens, skip_special=True)
+    assert out.text == llm._core.tokenizer.decode(out.tokens, skip_special=True)
     assert out.choices == []
 
 
@@ -138,14 +138,14 @@ def test_streaming_equals_generate(llm):
 
 
 def test_leaving_a_stream_frees_its_pages(llm):
-    free = llm._loop.scheduler.pages.free
+    free = llm._loop.scheduler.available
     stream = llm.stream("the cat", SamplingParams(max_tokens=100, ignore_eos=True))
     next(stream)
-    assert llm._loop.scheduler.pages.free < free
+    assert llm._loop.scheduler.available < free
     stream.close()
-    assert llm._loop.scheduler.pages.free == free
+    assert llm._loop.scheduler.available == free
     llm.stream("the cat").close()  # never started
-    assert llm._loop.scheduler.pages.free == free
+    assert llm._loop.scheduler.available == free
 
 
 def test_two_streams_and_a_list_interleaved(llm):
@@ -180,20 +180,20 @@ def test_interrupt_leaves_a_usable_engine(llm):
     stream = llm.stream("the cat", SamplingParams(max_tokens=100, ignore_eos=True))
     next(stream)
 
-    step = llm._runner.step
+    step = llm._core.runner.step
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         os.kill(os.getpid(), signal.SIGINT)
-        return step(*args)
+        return step(*args, **options)
 
-    llm._runner.step = interrupted
+    llm._core.runner.step = interrupted
     try:
         with pytest.raises(KeyboardInterrupt):
             llm.generate(["the cat", "the dog"], GREEDY)
     finally:
-        del llm._runner.step
+        del llm._core.runner.step
     stream.close()
-    assert llm._loop.scheduler.pages.free == llm._loop.scheduler.pages.total
+    assert llm._loop.scheduler.available == llm._loop.scheduler.pages.total
     assert llm.generate("the cat", GREEDY).tokens == expected
 
 
@@ -278,7 +278,7 @@ def test_embedding_pooling_of_the_file(llm, tmp_path, kind, row):
     pooled = write(tmp_path / "pooled.gguf", **{"llama.pooling_type": kind})
     with LLM(pooled, context_length=CONTEXT) as other:
         ids = np.asarray(other.tokenize("the cat"), np.int32)
-        states = other._loop.exclusively(len(ids), lambda table: other._runner.hidden_all(ids, 0, table))
+        states = other._loop.exclusively(len(ids), lambda table: other._core.runner.hidden_all(ids, 0, table))
         np.testing.assert_allclose(other.embed("the cat")[0], states[row] / np.linalg.norm(states[row]), atol=1e-6)
 
 
@@ -308,8 +308,8 @@ def test_perplexity(llm, spm):
 
 @pytest.mark.parametrize("scale", [np.nan, 1e6])
 def test_a_perplexity_that_is_no_number_is_an_error(llm, monkeypatch, scale):
-    step_all = llm._runner.step_all
-    monkeypatch.setattr(llm._runner, "step_all", lambda *args: step_all(*args) * np.float32(scale))
+    step_all = llm._core.runner.step_all
+    monkeypatch.setattr(llm._core.runner, "step_all", lambda *args: step_all(*args) * np.float32(scale))
     with pytest.raises(RealmError, match="the mean negative log-likelihood is"):
         llm.perplexity("the cat sat on the mat. " * 20, context_length=32)
 
@@ -327,16 +327,16 @@ def test_nothing_is_compiled_again(llm):
     """A second round of the same kinds of requests, other prompts and seeds, compiles no forward."""
     llm.generate(MIXED_PROMPTS, MIXED)
     llm.generate(token_ids(20), GREEDY)
-    warm = llm._runner.compiled
+    warm = llm._core.runner.compiled
     llm.generate([token_ids(n) for n in (9, 12, 2, 140, 40, 60)], MIXED)
     llm.generate(token_ids(30), GREEDY)
-    assert llm._runner.compiled == warm
+    assert llm._core.runner.compiled == warm
 
 
 def test_close_lets_go_of_the_weights(path):
     llm = LLM(path, context_length=CONTEXT)
     llm.generate("the", SamplingParams(max_tokens=2, presence_penalty=1.0))
-    weights = weakref.ref(llm._runner.model.params)
+    weights = weakref.ref(llm._core.runner.model.params)
     llm.close()
     gc.collect()
     assert weights() is None

@@ -8,6 +8,7 @@ from tiny_models import VOCABULARY_SIZE, tiny_spec, token_ids, write_spec
 
 from realm_jax import LLM, SamplingParams
 from realm_jax.errors import (
+    AdapterError,
     BackendError,
     ChatTemplateError,
     GGUFError,
@@ -64,10 +65,10 @@ REFUSED_PROMPTS = [
 
 @pytest.mark.parametrize(("prompt", "message"), REFUSED_PROMPTS, ids=[str(p)[:20] for p, _ in REFUSED_PROMPTS])
 def test_bad_prompts_are_refused_before_anything_runs(llm, prompt, message):
-    def boom(*args):
+    def boom(*args, **options):
         raise AssertionError("something ran")
 
-    llm._runner.step = boom
+    llm._core.runner.step = boom
     try:
         with pytest.raises(InvalidRequestError, match=message) as caught:
             llm.generate(prompt)
@@ -75,7 +76,7 @@ def test_bad_prompts_are_refused_before_anything_runs(llm, prompt, message):
         with pytest.raises(InvalidRequestError):
             llm.stream(prompt)
     finally:
-        del llm._runner.step
+        del llm._core.runner.step
 
 
 @pytest.mark.parametrize(
@@ -100,20 +101,29 @@ def test_bad_params(llm, arguments, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adapter": "x"}, "adapter is not supported in this version"),
-        ({"speculate": True}, "speculate is not supported"),
-        ({"speculate": 4}, "speculate is not supported"),
+        ({"adapter": "x"}, "there is no adapter 'x'; loaded are: none"),
+        ({"adapter": 5}, r"adapter is 5 \(int\); accepted: a name or None"),
+        ({"adapter_scale": float("nan")}, "scale is nan"),
+        ({"speculate": -1}, "speculate is -1; accepted: True, False, or an integer from 0 to 16"),
+        ({"speculate": "ngram"}, "speculate is 'ngram'"),
         ({"temperature": 1.0}, "unknown option 'temperature'; accepted: params"),
     ],
 )
-def test_options_of_later_versions(llm, options, message):
-    with pytest.raises(InvalidRequestError, match=message):
+def test_bad_options_of_requests(llm, options, message):
+    with pytest.raises(RealmError, match=message):
         llm.generate("the", GREEDY, **options)
-    with pytest.raises(InvalidRequestError, match=message):
+    with pytest.raises(RealmError, match=message):
         llm.stream("the", GREEDY, **options)
-    with pytest.raises(InvalidRequestError, match=message):
+    with pytest.raises(RealmError, match=message):
         llm.chat([{"role": "user", "content": "the"}], GREEDY, **options)
     llm.generate("the", GREEDY, adapter=None, speculate=False)
+
+
+def test_adapters_for_a_list_of_prompts(llm):
+    with pytest.raises(InvalidRequestError, match="1 adapters are given for 2 prompts"):
+        llm.generate(["the", "a"], GREEDY, adapter=[None])
+    with pytest.raises(InvalidRequestError, match=r"adapter\[1\] is 5"):
+        llm.generate(["the", "a"], GREEDY, adapter=[None, 5])
 
 
 def test_streaming_several_choices_is_refused(llm):
@@ -148,7 +158,7 @@ def test_bad_conversations(llm, messages, options):
         (lambda llm: llm.logits([VOCABULARY_SIZE]), "holds 288"),
         (lambda llm: llm.logits("the"), "tokens is 'the'"),
         (lambda llm: llm.logits(token_ids(161)), "161 tokens are given; the context holds 160"),
-        (lambda llm: llm.logits([1], adapter="x"), "adapter is not supported"),
+        (lambda llm: llm.logits([1], adapter=["x"]), "adapter is"),
         (lambda llm: llm.embed([]), "texts is"),
         (lambda llm: llm.embed(["a", ""]), "text 1: the text is empty"),
         (lambda llm: llm.embed(["a", 5]), "texts is"),
@@ -182,8 +192,10 @@ def test_bad_arguments_of_the_other_methods(llm, call, message):
         ({"backend": "pallas"}, BackendError, "pallas"),
         ({"backend": 5}, BackendError, "backend is 5"),
         ({"mesh": "auto"}, InvalidRequestError, "mesh is not supported in this version"),
-        ({"draft": "ngram"}, InvalidRequestError, "draft is not supported"),
-        ({"adapters": {"a": "b"}}, InvalidRequestError, "adapters is not supported"),
+        ({"draft": 5}, InvalidRequestError, 'draft is 5 .*accepted: "ngram"'),
+        ({"draft": "no/such.gguf"}, RealmError, "no/such.gguf"),
+        ({"adapters": ["a"]}, InvalidRequestError, "adapters is .*accepted: a dict of names and paths"),
+        ({"adapters": {"a": "no/such"}}, AdapterError, "no/such"),
         ({"n_ctx": 5}, InvalidRequestError, "unknown option 'n_ctx'; accepted: context_length"),
     ],
     ids=str,

@@ -1,26 +1,41 @@
 """The host loop: admits requests, runs batches, hands out what they produce.
 
-There is no thread of its own. Whoever waits for a request drives the loop, one step at a time, and a step serves every
-request there is; with several threads, one drives while the others wait for the end of its step.
+It has no thread of its own. Whoever waits for a request drives the loop, one step at a time, and a step serves every
+request there is; with several threads, one drives while the others wait for the end of its step. An Engine lends it a
+thread that drives for all (`serve`).
+
+The host is one step behind the device: a step is dispatched before the tokens of the one before it are read, whose
+drawn tokens it takes from the device. What was computed for a request that turns out to have ended is dropped. Requests
+whose next step depends on the last token in ways that only the host knows (a grammar, drafts) are read first.
 """
 
+import logging
 import threading
-from collections.abc import Callable, Iterator
-from typing import Protocol, TypeVar
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
 
 from realm_jax.engine.allocator import PageAllocator
 from realm_jax.engine.buckets import Buckets
+from realm_jax.engine.ledger import Ledger, Spent
+from realm_jax.engine.prefix import chain, first_key
 from realm_jax.engine.request import Request
-from realm_jax.engine.sampler import DrawRow, Sampler
+from realm_jax.engine.sampler import Drawn, DrawRow, Sampler
 from realm_jax.engine.scheduler import Row, Scheduler
-from realm_jax.errors import InvalidRequestError, RealmError
+from realm_jax.engine.speculation import accepted
+from realm_jax.engine.speculator import Speculator
+from realm_jax.engine.tenants import Tenant
+from realm_jax.errors import CapacityError, InvalidRequestError, RealmError
 from realm_jax.interrupt import interrupt_deferred
-from realm_jax.results import Piece, TokenLogprob
-from realm_jax.sampling import BAD_LOGITS
+from realm_jax.lora import AdapterStore
+from realm_jax.results import Piece
+from realm_jax.sampling import BAD_LOGITS, NO_TOKEN
 
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Chunks of prompts in one batch: more keeps the device busier, fewer lets those that are decoding go on sooner.
@@ -38,15 +53,101 @@ class Batches(Protocol):
     vocab_size: int
     buckets: Buckets
 
-    def step(self, tokens: list[np.ndarray], starts: list[int], tables: np.ndarray) -> jax.Array: ...
+    @property
+    def compiled(self) -> int: ...
+
+    def step(
+        self,
+        tokens: Sequence[np.ndarray],
+        starts: Sequence[int],
+        tables: np.ndarray,
+        *,
+        source: np.ndarray | None = None,
+        last_tokens: jax.Array | None = None,
+        stacks: Any = None,
+        slots: np.ndarray | None = None,
+    ) -> jax.Array: ...
+
+    def reset(self) -> None: ...
+
+
+@dataclass
+class Flight:
+    """A batch on its way.
+
+    rows: of the batch; at: where in what was drawn each begins. counted: the sampler has counted what was drawn.
+    began: when it was dispatched; timed: it is a step of decoding alone, and compiled nothing, so that its time tells
+    what such a step costs.
+    """
+
+    rows: list[Row[Request]]
+    at: list[int]
+    drawn: Drawn | None
+    counted: bool
+    began: float
+    timed: bool
+
+
+@dataclass(frozen=True)
+class LoopStats:
+    """What the loop has done and holds now.
+
+    Attributes:
+      steps: batches run. preemptions: requests that lost their slot for a while.
+      running, waiting: requests.
+      pages_total, pages_free, pages_cached: of the key/value cache; cached ones are held for their prefixes alone, too.
+      prompt_tokens, reused_tokens, generated_tokens: computed, taken from the prefix cache instead, and drawn.
+      drafted, accepted: tokens proposed by speculation, and those that the model confirmed.
+      fairness_gap, fairness_bound: in virtual tokens, between tenants that wait (see engine.scheduler).
+      adapters: names of those loaded.
+    """
+
+    steps: int
+    preemptions: int
+    running: int
+    waiting: int
+    pages_total: int
+    pages_free: int
+    pages_cached: int
+    prompt_tokens: int
+    reused_tokens: int
+    generated_tokens: int
+    drafted: int
+    accepted: int
+    fairness_gap: float
+    fairness_bound: float
+    adapters: tuple[str, ...]
 
 
 class HostLoop:
     """Runs requests over one runner. All methods may be called from any thread."""
 
-    def __init__(self, runner: Batches):
+    def __init__(
+        self,
+        runner: Batches,
+        *,
+        tenants: Iterable[Tenant] = (),
+        queue_limit: int | None = None,
+        adapters: AdapterStore | None = None,
+        speculator: Speculator | None = None,
+        ledger: Ledger | None = None,
+    ):
+        """
+        Args:
+          runner: runs the batches.
+          tenants: see Scheduler.
+          queue_limit: most requests that may wait; None: no bound.
+          adapters: None: no adapters.
+          speculator: proposes drafts for requests that want them; None: nobody does.
+          ledger: None: one in memory.
+        """
         self._runner: Batches | None = runner
+        self._buckets = runner.buckets
         self._sampler = Sampler(runner.max_batch, runner.vocab_size)
+        self._queue_limit = queue_limit
+        self._adapters = adapters
+        self._speculator = speculator
+        self.ledger = ledger if ledger is not None else Ledger()
         self.scheduler: Scheduler[Request] = Scheduler(
             PageAllocator(runner.num_pages),
             slots=runner.max_batch,
@@ -55,30 +156,67 @@ class HostLoop:
             chunk=runner.chunk,
             padded=runner.buckets.token_bucket,
             prefill_budget=PREFILL_CHUNKS * runner.chunk,
+            tenants=tenants,
         )
-        # Guards the fields below; notified at the end of every step. The scheduler and the sampler belong to whoever
-        # drives, or, while nobody does, to whoever holds this.
+        # Guards the fields below; notified at the end of every step. The scheduler, the sampler and the flight belong
+        # to whoever drives, or, while nobody does, to whoever holds this.
         self._changed = threading.Condition()
         self._driving = False
         self._closed = False
         self._submitted: list[Request] = []
         self._cancelled: list[Request] = []
+        self._open = 0  # requests that were submitted and have not ended
         self._exclusive = 0  # threads in `exclusively`: until they are through, only they drive, and nobody is admitted
+        # Guards the adapters, which are loaded while others run.
+        self._adapter_lock = threading.RLock()
+        self._flight: Flight | None = None
+        self._deadlines: list[Request] = []
+        self._ledger_fails = False
+        self._landed = 0.0  # when the last flight was read
+        self._steps = 0
+        self._totals = Spent()
+        self._drafted = self._accepted = 0
 
     def submit(self, requests: list[Request]) -> None:
         """Queues requests, in this order.
 
         Raises:
-          CapacityError: one of them could never run; none is queued.
-          InvalidRequestError: the loop is closed.
+          CapacityError: one of them could never run, its tenant is over its quota, or the queue is full.
+          InvalidRequestError: the loop is closed, or a tenant is not known.
+          AdapterError: an adapter is not loaded, or not for this tenant.
+          None is queued then.
         """
         for request in requests:
-            self.scheduler.check(request.limit)
-        with self._changed:
-            self._check_open()
+            self.scheduler.check(request.limit, request.tenant)
+        pinned: list[Request] = []
+        try:
             for request in requests:
-                request.submitted()
-            self._submitted.extend(requests)
+                if request.adapter_name is not None:
+                    self._pin(request)
+                    pinned.append(request)
+            with self._changed:
+                self._check_open()
+                wanted: dict[str, int] = {}
+                for request in requests:
+                    wanted[request.tenant] = wanted.get(request.tenant, 0) + 1
+                for tenant, count in wanted.items():
+                    self.scheduler.account(tenant).check_quota(count)
+                waiting = self._open - len(self.scheduler.running)
+                if self._queue_limit is not None and waiting + len(requests) > self._queue_limit:
+                    raise CapacityError(
+                        f"{waiting} requests wait and {len(requests)} more come; accepted: {self._queue_limit} in all"
+                    )
+                for tenant, count in wanted.items():
+                    self.scheduler.account(tenant).opened(count)
+                for request in requests:
+                    request.submitted()
+                self._open += len(requests)
+                self._submitted.extend(requests)
+                self._changed.notify_all()
+        except BaseException:
+            for request in pinned:
+                self._unpin(request)
+            raise
 
     def pieces(self, request: Request) -> Iterator[Piece]:
         """The request's output as it comes, to the last piece; raises what ended it instead.
@@ -108,18 +246,29 @@ class HostLoop:
         """Cancels everything and lets go of the runner; after that the loop refuses requests."""
         with interrupt_deferred(), self._changed:
             self._closed = True
+            self._changed.notify_all()
             while self._driving:
                 self._changed.wait()
             self._driving = True
             try:
                 self._take_in()
                 for request in [*self.scheduler.waiting, *self.scheduler.running]:
-                    self.scheduler.remove(request)
                     request.cancel()
-                self._runner = None
+                    self._ended(request)
+                self._runner = self._flight = None
                 self._sampler.reset()
+                self.scheduler.cache.forget()
+                self.ledger.close()
             finally:
                 self._stop_driving()
+
+    def serve(self) -> None:
+        """Drives for everybody, until the loop is closed."""
+        while not self._closed:
+            self._drive(self._step, until=lambda: self._closed or not self._busy())
+            with self._changed:
+                while not (self._closed or self._busy()):
+                    self._changed.wait()
 
     def exclusively(self, tokens: int, work: Callable[[np.ndarray], T]) -> T:
         """work(table) between two steps, with pages for that many tokens; table is int32 [max_pages_per_slot].
@@ -132,7 +281,7 @@ class HostLoop:
         done: list[T] = []
 
         def turn() -> None:
-            if self.scheduler.pages_for(tokens) > self.scheduler.pages.free:
+            if self.scheduler.pages_for(tokens) > self.scheduler.available:
                 self._step()  # those that run will end and give back theirs
                 return
             pages, table = self.scheduler.reserve(tokens)
@@ -156,6 +305,86 @@ class HostLoop:
                 self._exclusive -= counted
                 self._changed.notify_all()
         return done[0]
+
+    def placed(self, name: str, work: Callable[[Any], T]) -> T:
+        """work((stacks, slot)) with an adapter on the device; to be called while driving exclusively."""
+        adapters = self._loaded_adapters()
+        with self._adapter_lock:
+            handle = adapters.acquire(name)
+            try:
+                [slot] = adapters.place([(handle, 1.0)])
+                return work((adapters.stacks, int(slot)))
+            finally:
+                adapters.release(handle)
+
+    def check_adapter(self, name: str) -> None:
+        """AdapterError when there is none of that name."""
+        with self._adapter_lock:
+            self._loaded_adapters().get(name)
+
+    def adapter_stacks(self) -> Any:
+        """The stacks of the device, None while no adapter is loaded."""
+        with self._adapter_lock:
+            return None if self._adapters is None else self._adapters.stacks
+
+    def load_adapter(self, name: str, path: Any, scale: float = 1.0) -> None:
+        """Loads or replaces an adapter, also while requests run: those keep what they started with. AdapterError."""
+        with self._changed:
+            self._check_open()
+        adapters = self._loaded_adapters()
+        adapter = adapters.read(path)  # takes long: outside the lock
+        with self._adapter_lock:
+            adapters.add(name, adapter, scale)
+
+    def unload_adapter(self, name: str) -> None:
+        """Requests that use it run to their end. AdapterError for one that is not loaded."""
+        with self._adapter_lock:
+            self._loaded_adapters().unload(name)
+
+    def publish_prefix(self, tokens: np.ndarray, adapter: str | None = None) -> int:
+        """Lets all tenants share the cached pages of a prefix, int32 [T]; returns how many tokens its full pages hold.
+
+        Whoever computes them first fills them.
+        """
+        content = b""
+        if adapter is not None:
+            with self._adapter_lock:
+                adapters = self._loaded_adapters()
+                handle = adapters.acquire(adapter)
+                content = handle.cache_key()
+                adapters.release(handle)
+        cache, size = self.scheduler.cache, self.scheduler.page_size
+        keys = chain(first_key(content), tokens, size, cache.public_salt)
+        with self._changed:
+            cache.public |= set(keys)
+        return len(keys) * size
+
+    def stats(self) -> LoopStats:
+        """A snapshot; taken between two steps, or a step old."""
+        scheduler = self.scheduler
+        with self._adapter_lock:
+            names = () if self._adapters is None else tuple(self._adapters.names)
+        with self._changed:
+            running = len(scheduler.running)
+            return LoopStats(
+                steps=self._steps,
+                preemptions=scheduler.preemptions,
+                running=running,
+                waiting=self._open - running,
+                pages_total=scheduler.pages.total,
+                pages_free=scheduler.pages.free,
+                pages_cached=len(scheduler.cache),
+                prompt_tokens=self._totals.prompt_tokens,
+                reused_tokens=self._totals.reused_tokens,
+                generated_tokens=self._totals.completion_tokens,
+                drafted=self._drafted,
+                accepted=self._accepted,
+                fairness_gap=scheduler.gap(),
+                fairness_bound=scheduler.gap_bound(),
+                adapters=names,
+            )
+
+    # -- driving
 
     def _drive(self, turn: Callable[[], None], until: Callable[[], bool], exclusive: bool = False) -> None:
         """Calls `turn`, whenever no other thread drives, or lets others drive, until `until()`."""
@@ -188,6 +417,9 @@ class HostLoop:
                 self._driving = False
                 self._changed.notify_all()
 
+    def _busy(self) -> bool:
+        return self._open > 0 or bool(self._cancelled)
+
     def _check_open(self) -> None:
         if self._closed:
             raise InvalidRequestError("the model was closed; load it again")
@@ -199,58 +431,230 @@ class HostLoop:
             cancelled, self._cancelled = self._cancelled, []
         for request in submitted:
             self.scheduler.submit(request)
+            if request.expires is not None:
+                self._deadlines.append(request)
         for request in cancelled:
             if request.done:
                 continue
-            if request in self.scheduler:  # not where submitting it was refused or interrupted
-                self.scheduler.remove(request)
             request.cancel()
+            if request in self.scheduler:  # not where submitting it was refused or interrupted
+                self._ended(request)
+
+    def _ended(self, request: Request) -> None:
+        """Takes a request that is done, and was submitted, out of the books."""
+        self.scheduler.remove(request)
+        if request.adapter is not None:
+            self._unpin(request)
+        if self._speculator is not None:
+            self._speculator.release(request)
+        with self._changed:
+            self._open -= 1
+            self.scheduler.account(request.tenant).open -= 1
+        request.tell()
+
+    # -- a step
 
     def _step(self) -> None:
-        """One batch. What fails in it ends the requests that run, not the loop."""
+        """Dispatches a batch and reads the one before it. What fails ends the requests that run, not the loop."""
         try:
+            self._expire()
+            if any(request.read_first for request in self.scheduler.running):
+                self._land()
             if not self._exclusive:
                 for request in self.scheduler.admit():
-                    request.admitted()
+                    if request.admitted():
+                        self._spend(request, reused=request.reused, requests=1)
                     self._sampler.bind(request)
-            rows = self.scheduler.next_batch()
-            if rows:
-                self._run(rows)
+            if not self.scheduler.running:
+                self._land()
+                return
+            rows = self.scheduler.next_batch(self._drafts)
+            flight = self._launch(rows) if rows else None
+            self._land()
+            self._flight = flight
         except Exception as error:
             self._fail_running(error)
         except BaseException as error:
             self._fail_running(error)
             raise
 
-    def _run(self, rows: list[Row[Request]]) -> None:
+    def _expire(self) -> None:
+        """Ends the requests whose time is up, with what they have."""
+        if not self._deadlines:
+            return
+        now = time.perf_counter()
+        for request in self._deadlines:
+            if not request.done and request.expires is not None and request.expires <= now:
+                request.expire()
+                self._ended(request)
+        self._deadlines = [request for request in self._deadlines if not request.done]
+
+    def _drafts(self, decoding: list[Request]) -> dict[str, tuple[int, ...]]:
+        wanting = [request for request in decoding if request.speculation is not None and not request.drawn]
+        if self._speculator is None or not wanting:
+            return {}
+        return self._speculator.propose(wanting, len(decoding))
+
+    def _launch(self, rows: list[Row[Request]]) -> Flight:
+        """Dispatches one forward and the draws from it."""
         assert self._runner is not None  # nothing runs in a closed loop
-        tables = np.stack([row.sequence.table for row in rows])
-        logits = self._runner.step([row.tokens for row in rows], [row.start for row in rows], tables)
-        drawing = [row.sequence if row.samples else None for row in rows]
-        drawn: list[tuple[int, TokenLogprob | None]] = [(0, None)] * len(rows)
-        if any(drawing):
-            to_draw = [None if request is None else DrawRow(request, request.length) for request in drawing]
-            drawn = self._sampler.dispatch(logits, to_draw, count=True).collect()
-        for row, request, (token, logprob) in zip(rows, drawing, drawn):
-            row.sequence.cached = row.stop
-            if request is None:
+        began, compiled = time.perf_counter(), self._runner.compiled
+        tokens: list[np.ndarray] = []
+        starts: list[int] = []
+        tables: list[np.ndarray] = []
+        source: list[int] = []
+        draws: list[DrawRow | None] = []
+        owners: list[Request] = []
+        at: list[int] = []
+        for row in rows:
+            request = row.sequence
+            at.append(len(tokens))
+            masks = request.masks(row.drafts) if row.samples else [None]
+            for i in range(1 + len(row.drafts)):
+                if i == 0:
+                    tokens.append(np.zeros(1, np.int32) if row.unread else row.tokens)
+                    source.append(request.slot if row.unread and request.slot is not None else -1)
+                else:
+                    tokens.append(np.asarray([row.drafts[i - 1]], np.int32))
+                    source.append(-1)
+                starts.append(row.start if i == 0 else row.stop + i - 1)
+                tables.append(request.table)
+                owners.append(request)
+                draws.append(DrawRow(request, row.stop + i, row.drafts[:i], masks[i]) if row.samples else None)
+        stacks, slots = self._placed(owners)
+        logits = self._runner.step(
+            tokens,
+            starts,
+            np.stack(tables),
+            source=np.asarray(source, np.int32),
+            last_tokens=self._sampler.last_tokens,
+            stacks=stacks,
+            slots=slots,
+        )
+        counted = not any(row.drafts for row in rows)
+        drawn = self._sampler.dispatch(logits, draws, count=counted) if any(draws) else None
+        for row in rows:
+            self._spend(row.sequence, prompt=self.scheduler.dispatched(row))
+        self._steps += 1
+        timed = self._runner.compiled == compiled and all(row.samples and len(row.tokens) <= 1 for row in rows)
+        return Flight(rows, at, drawn, counted, began, timed)
+
+    def _land(self) -> None:
+        """Reads what the flight has drawn and gives it to the requests."""
+        flight, self._flight = self._flight, None
+        if flight is None or flight.drawn is None:
+            return
+        drawn = flight.drawn.collect()
+        now = time.perf_counter()
+        if self._speculator is not None and flight.timed:
+            self._speculator.costs.observe(len(drawn), now - max(flight.began, self._landed))
+        self._landed = now
+        counts: list[tuple[int, int]] = []
+        for row, at in zip(flight.rows, flight.at):
+            request = row.sequence
+            if not row.samples or request.done:  # a request may have ended while this was computed
                 continue
-            if token == BAD_LOGITS:
-                self.scheduler.remove(request)
-                request.fail(RealmError(f"the model's logits at position {request.length} are not finite numbers"))
-                continue
-            try:
-                request.accept(token, logprob)
-            except Exception as error:  # of its own making: its neighbours go on
+            request.drawn -= 1
+            results = drawn[at : at + 1 + len(row.drafts)]
+            good = accepted(row.drafts, [token for token, _ in results])
+            before = request.length
+            for token, logprob in results[: good + 1]:
+                self._accept(request, token, logprob)
+                if request.done:
+                    break
+            taken = request.length - before
+            if row.drafts and request.speculation is not None:
+                self._drafted += len(row.drafts)
+                self._accepted += good
+                request.cached = row.stop + good
+                request.speculation.observe(len(row.drafts), good)
+            if not flight.counted and request.slot is not None:
+                counts += [(request.slot, int(token)) for token in request.tokens[before : request.length]]
+            self.scheduler.generated(request, taken)
+            self._spend(request, completion=taken)
+        self._flush_ledger()
+        if counts:
+            self._sampler.accept(counts)
+        for row in flight.rows:
+            request = row.sequence
+            if not request.done and (error := request.tell()) is not None:
                 request.fail(error)
-            if request.done:
-                self.scheduler.remove(request)
+            if request.done and request in self.scheduler:
+                self._ended(request)
+
+    def _accept(self, request: Request, token: int, logprob: Any) -> None:
+        """Gives a request its next token."""
+        if token == BAD_LOGITS:
+            request.fail(RealmError(f"the model's logits at position {request.length} are not finite numbers"))
+            return
+        if token == NO_TOKEN:
+            request.fail(RealmError(f"the grammar allows no token at position {request.length}"))
+            return
+        try:
+            request.accept(token, logprob)
+        except Exception as error:  # of its own making: its neighbours go on
+            request.fail(error)
+
+    def _spend(
+        self, request: Request, prompt: int = 0, completion: int = 0, reused: int = 0, requests: int = 0
+    ) -> None:
+        if not (prompt or completion or reused or requests):
+            return
+        self.scheduler.account(request.tenant).spend(prompt + completion)
+        spent = Spent(prompt, reused, completion, requests)
+        self._totals += spent
+        self.ledger.add(request.tenant, spent)
+
+    def _flush_ledger(self) -> None:
+        """What cannot be written now is kept, and written as soon as it can."""
+        try:
+            self.ledger.flush()
+            self._ledger_fails = False
+        except RealmError as error:
+            if not self._ledger_fails:
+                _log.warning("%s; what is used is counted in memory until it can be", error)
+            self._ledger_fails = True
 
     def _fail_running(self, error: BaseException) -> None:
         """Ends what runs: a failed call may have taken the cache with it. What waits starts afresh."""
         if not isinstance(error, Exception):
             error = RealmError(f"another thread was interrupted while this request ran: {type(error).__name__}")
+        self._flight = None
         for request in list(self.scheduler.running):
-            self.scheduler.remove(request)
             request.fail(error)
+            self._ended(request)
+        for request in self.scheduler.waiting:
+            request.drawn = 0  # what was on its way is lost, and will be drawn again, the same
+        self.scheduler.cache.forget()
         self._sampler.reset()
+        if self._speculator is not None:
+            self._speculator.reset()
+        if self._runner is not None:
+            self._runner.reset()
+
+    # -- adapters
+
+    def _loaded_adapters(self) -> AdapterStore:
+        if self._adapters is None:
+            raise RealmError("this loop was made without adapters")
+        return self._adapters
+
+    def _pin(self, request: Request) -> None:
+        assert request.adapter_name is not None
+        self.scheduler.account(request.tenant).tenant.check_adapter(request.adapter_name)
+        with self._adapter_lock:
+            request.use_adapter(self._loaded_adapters().acquire(request.adapter_name))
+
+    def _unpin(self, request: Request) -> None:
+        with self._adapter_lock:
+            self._loaded_adapters().release(request.adapter)
+        request.adapter = None
+
+    def _placed(self, owners: list[Request]) -> tuple[Any, np.ndarray | None]:
+        """Stacks and the slot of each row; no stacks where no row has an adapter: the program without them serves."""
+        if all(request.adapter is None for request in owners):
+            return None, None
+        adapters = self._loaded_adapters()
+        with self._adapter_lock:
+            slots = adapters.place([None if r.adapter is None else (r.adapter, r.adapter_scale) for r in owners])
+            return adapters.stacks, slots

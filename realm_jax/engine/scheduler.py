@@ -1,57 +1,40 @@
 """Which sequences run in the next forward, and with which tokens. Pure host logic: it needs no model to be tested."""
 
-from collections import deque
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from realm_jax.engine.allocator import PageAllocator
-from realm_jax.errors import CapacityError
-
-
-class Sequence:
-    """The tokens of one request and where their keys and values are.
-
-    Attributes:
-      tokens: int32 [limit], filled up to `length`: the prompt, then what was generated.
-      cached: how many of them have keys and values in the cache.
-      limit: most tokens it may come to hold.
-      slot: its place in the batch, None unless running.
-      pages: its pages in order; `table` is the same as an int32 row for the runner, padded with zeros.
-    """
-
-    def __init__(self, prompt: np.ndarray, limit: int):
-        self.tokens = np.zeros(limit, np.int32)
-        self.tokens[: len(prompt)] = prompt
-        self.length = len(prompt)
-        self.prompt_length = len(prompt)
-        self.cached = 0
-        self.limit = limit
-        self.slot: int | None = None
-        self.pages: list[int] = []
-        self.table = np.zeros(0, np.int32)
-
-    def append(self, token: int) -> None:
-        self.tokens[self.length] = token
-        self.length += 1
-
+from realm_jax.engine.prefix import PrefixCache, next_key
+from realm_jax.engine.sequence import Sequence
+from realm_jax.engine.tenants import DECODE_COST, DEFAULT_TENANT, PREFILL_COST, Account, Tenant
+from realm_jax.errors import CapacityError, InvalidRequestError
+from realm_jax.sampling_params import shown
 
 S = TypeVar("S", bound=Sequence)
+
+# A waiting tenant that is behind a running one by more than this many virtual tokens takes a slot from it.
+QUANTUM = 512.0
 
 
 @dataclass(frozen=True)
 class Row(Generic[S]):
-    """One row of a batch: run tokens start .. stop-1 of a sequence.
+    """Rows of one sequence in a batch: run tokens start .. stop-1, and then `drafts`.
 
-    `samples`: they are the last it has, so that the next is drawn from what they give.
+    samples: they are the last it has, so that the next is drawn from what they give.
+    unread: the token at `start` is on the device, and the host does not know it yet.
+    drafts: tokens that may follow; each is a row of its own that samples, too.
     """
 
     sequence: S
     start: int
     stop: int
     samples: bool
+    unread: bool = False
+    drafts: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> np.ndarray:
@@ -59,11 +42,19 @@ class Row(Generic[S]):
 
 
 class Scheduler(Generic[S]):
-    """First come, first served: a sequence starts when a slot and pages for all it may ever hold are free.
+    """Fair between tenants, in turn within one.
+
+    Who starts: while a slot and pages are free, the first in line of the tenant with the smallest virtual token counter
+    (see tenants.Account). A tenant that has nothing running takes a slot from one that has several; and one that is
+    QUANTUM behind takes one from whoever is ahead. A sequence that loses its slot keeps its tokens, waits at the head
+    of its line, and goes on where it was: its keys and values come from the prefix cache or are computed again.
+
+    Pages are taken as tokens come. When there are none, the least recently used of the prefix cache give way, then
+    the sequence that started last, of the tenant that had most.
 
     Each batch holds one token of every sequence that is decoding, so that none of them waits for a prompt, and chunks
-    of prompts, oldest first, up to a budget. Chunks end at multiples of `chunk` counted from a sequence's first token:
-    how a prompt is cut depends on nothing but the prompt.
+    of prompts up to a budget, tenants taking turns. Chunks end at multiples of `chunk` counted from a sequence's first
+    token: how a prompt is cut depends on nothing but the prompt and what of it is cached.
     """
 
     def __init__(
@@ -76,6 +67,8 @@ class Scheduler(Generic[S]):
         chunk: int,
         padded: Callable[[int], int],
         prefill_budget: int,
+        tenants: Iterable[Tenant] = (),
+        fair: bool = True,
     ):
         """
         Args:
@@ -86,79 +79,376 @@ class Scheduler(Generic[S]):
           chunk: most tokens of one sequence in one batch.
           padded: from a row's number of tokens to the number it costs to run.
           prefill_budget: padded tokens of prompts in one batch; a single chunk always fits.
+          tenants: who may submit; none: one tenant of name "default".
+          fair: False: first come, first served, without preemption for fairness (to compare with).
         """
         self.pages = pages
+        self.cache = PrefixCache(pages)
+        self.accounts: dict[str, Account[S]] = {}
+        for tenant in tenants or (Tenant(DEFAULT_TENANT),):
+            if tenant.name in self.accounts:
+                raise InvalidRequestError(f"tenant {tenant.name!r} is given twice; accepted: names of their own")
+            self.accounts[tenant.name] = Account(tenant)
+            if tenant.min_pages:
+                self.cache.floors[tenant.name] = tenant.min_pages
         self.running: list[S] = []  # in order of admission
-        self.waiting: deque[S] = deque()
+        self.preemptions = 0
+        self.longest_prompt = 0
+        self._salts = {name: a.tenant.salt or secrets.token_bytes(32) for name, a in self.accounts.items()}
         self._free_slots = list(range(slots - 1, -1, -1))
-        self._page_size = page_size
+        self._slots = slots
+        self.page_size = page_size
         self._table_size = table_size
         self._chunk = chunk
         self._padded = padded
         self._prefill_budget = prefill_budget
+        self._fair = fair
+        self._arrivals = 0
+        self._arrived: dict[str, int] = {}  # by sequence id, to keep the order of those that wait again
 
-    def pages_for(self, tokens: int) -> int:
-        return -(-tokens // self._page_size)
+    # -- who is here
 
-    def check(self, limit: int) -> None:
-        """Raises CapacityError when a sequence of `limit` tokens could never run, however empty the cache is."""
-        needed, most = self.pages_for(limit), min(self.pages.total, self._table_size)
-        if needed > most:
-            raise CapacityError(
-                f"{limit} tokens need {needed} pages of the cache; it has {most}: {most * self._page_size} tokens"
-            )
+    @property
+    def waiting(self) -> list[S]:
+        """All that wait, tenant by tenant."""
+        return [sequence for account in self.accounts.values() for sequence in account.waiting]
+
+    @property
+    def available(self) -> int:
+        """Pages that are free or that the prefix cache would give up."""
+        return self.pages.free + self.cache.evictable
 
     def __contains__(self, sequence: S) -> bool:
         """Whether it waits or runs here."""
-        return sequence.slot is not None or sequence in self.waiting
+        return sequence.id in self._arrived
+
+    def account(self, name: str) -> Account[S]:
+        """InvalidRequestError for a tenant that is not known."""
+        if name not in self.accounts:
+            known = ", ".join(sorted(self.accounts)[:20])
+            raise InvalidRequestError(f"unknown tenant {shown(name)}; accepted: {known}")
+        return self.accounts[name]
+
+    def pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def check(self, limit: int, tenant: str | None = None) -> None:
+        """Raises CapacityError when a sequence of `limit` tokens could never run, however empty the cache is."""
+        needed, most, whose = self.pages_for(limit), min(self.pages.total, self._table_size), "it"
+        if tenant is not None:
+            ceiling = self.account(tenant).tenant.max_pages
+            if ceiling is not None and ceiling < most:
+                most, whose = ceiling, f"tenant {tenant!r}"
+            reserved = sum(floor for name, floor in self.cache.floors.items() if name != tenant)
+            most = min(most, self.pages.total - reserved)
+        if needed > most:
+            raise CapacityError(
+                f"{limit} tokens need {needed} pages of the cache; {whose} has {most}: {most * self.page_size} tokens"
+            )
+
+    # -- fairness
+
+    def gap(self) -> float:
+        """The largest difference of virtual tokens between two tenants that both wait for service now."""
+        counters = [account.counter for account in self.accounts.values() if account.waiting]
+        return max(counters) - min(counters) if counters else 0.0
+
+    def gap_bound(self) -> float:
+        """What the gap never exceeds, whatever tenants send: VTC's 2 max(cost of the longest prompt, cost of all tokens
+        that the cache holds), over the smallest weight."""
+        held = self.pages.total * self.page_size
+        lightest = min(account.tenant.weight for account in self.accounts.values())
+        return 2 * max(PREFILL_COST * self.longest_prompt, DECODE_COST * held) / lightest
+
+    # -- coming and going
 
     def submit(self, sequence: S) -> None:
-        self.waiting.append(sequence)
+        """Puts it in its tenant's line."""
+        account = self.accounts[sequence.tenant]
+        if not account.active:
+            # Nothing is saved up while idle, or a tenant could come back and have everything to itself.
+            others = [other.counter for other in self.accounts.values() if other.active]
+            account.counter = max(account.counter, min(others, default=account.counter))
+        self.longest_prompt = max(self.longest_prompt, sequence.prompt_length)
+        self._arrived[sequence.id] = self._arrivals
+        self._arrivals += 1
+        self._wait(account, sequence)
 
     def admit(self) -> list[S]:
-        """Moves sequences from waiting to running while the first in line fits; returns those."""
-        admitted = []
-        while self.waiting and self._free_slots:
-            if self.pages_for(self.waiting[0].limit) > self.pages.free:
-                break
-            sequence = self.waiting.popleft()
-            sequence.pages, sequence.table = self.reserve(sequence.limit)
+        """Starts those that wait while they fit, in place of others where that is fair; returns those that now run."""
+        admitted: list[S] = []
+        swaps = 1  # a tenant that is behind catches up step by step: a long prompt of another's is no reason for more
+        while (sequence := self._startable(admitted, swaps)) is not None:
+            if not self._free_slots or not self._affordable(sequence):
+                victim, behind = self._victim(self.accounts[sequence.tenant], admitted, swaps)
+                assert victim is not None
+                swaps -= behind
+                self.preempt(victim)
+            account = self.accounts[sequence.tenant]
+            account.waiting.remove(sequence)
             sequence.slot = self._free_slots.pop()
+            sequence.table = np.zeros(self._table_size, np.int32)
+            self._reuse(sequence)
             self.running.append(sequence)
+            account.running.append(sequence)
             admitted.append(sequence)
         return admitted
 
+    def remove(self, sequence: S) -> None:
+        """Takes a sequence out for good, waiting or running; its slot and pages are free at once."""
+        account = self.accounts[sequence.tenant]
+        if sequence.slot is None:
+            account.waiting.remove(sequence)
+        else:
+            self._stop(sequence)
+        del self._arrived[sequence.id]
+
+    def preempt(self, sequence: S) -> None:
+        """Takes its slot and pages; it waits at the head of its line."""
+        self._stop(sequence)
+        self.preemptions += 1
+        self._wait(self.accounts[sequence.tenant], sequence)
+
     def reserve(self, tokens: int) -> tuple[list[int], np.ndarray]:
         """Pages for that many tokens, and their table row int32 [table_size]. CapacityError when they are not free."""
-        pages = self.pages.allocate(self.pages_for(tokens))
+        needed = self.pages_for(tokens)
+        if needed > self.pages.free:
+            self.cache.evict(needed - self.pages.free, None)
+        pages = self.pages.allocate(needed)
         table = np.zeros(self._table_size, np.int32)
         table[: len(pages)] = pages
         return pages, table
 
-    def next_batch(self) -> list[Row[S]]:
-        """At most one row per running sequence; empty only when none is running."""
+    # -- batches
+
+    def next_batch(self, drafts: Callable[[list[S]], dict[str, tuple[int, ...]]] | None = None) -> list[Row[S]]:
+        """The rows of the next forward, pages for them taken; at most one Row per running sequence.
+
+        Empty only when none is running, or all that run wait for their last token to be read. `drafts` proposes, for
+        the sequences that decode, tokens by sequence id.
+        """
+        decoding, chunks = self._parts()
+        proposed = drafts([row.sequence for row in decoding]) if drafts is not None and decoding else {}
+        rows: list[Row[S]] = []
+        for row in decoding:
+            s = row.sequence
+            more = proposed.get(s.id, ())[: s.limit - s.length - 1]
+            if s.slot is None:  # preempted for one before it
+                continue
+            if self._cover(s, row.stop + len(more)):
+                rows.append(Row(s, row.start, row.stop, row.samples, row.unread, more))
+        for row in chunks:
+            if row.sequence.slot is not None and self._cover(row.sequence, row.stop):
+                rows.append(row)
+        return [row for row in rows if row.sequence.slot is not None]
+
+    def dispatched(self, row: Row[S]) -> int:
+        """Notes that a row is on its way: its tokens count as cached, and as its tenant's service. Returns how many of
+        them are of its prompt and are computed for the first time."""
+        s = row.sequence
+        s.cached = row.stop
+        if row.samples:
+            s.drawn += 1
+        new = max(0, min(row.stop, s.prompt_length) - s.served)
+        s.served = max(s.served, row.stop)
+        self.accounts[s.tenant].serve(new, 0)
+        self._publish(s)
+        return new
+
+    def generated(self, sequence: S, tokens: int) -> None:
+        """Notes that a sequence came by new tokens, as its tenant's service."""
+        account = self.accounts[sequence.tenant]
+        account.serve(0, tokens)
+        sequence.served = max(sequence.served, sequence.length)
+
+    # -- the rest is private
+
+    def _parts(self) -> tuple[list[Row[S]], list[Row[S]]]:
+        """Rows of one token each, then chunks of prompts within the budget."""
         decoding: list[Row[S]] = []
-        prefilling: list[Row[S]] = []
-        budget = self._prefill_budget
-        for sequence in self.running:
-            start = sequence.cached
-            stop = min(sequence.length, (start // self._chunk + 1) * self._chunk)
-            row = Row(sequence, start, stop, samples=stop == sequence.length)
+        lines: dict[str, list[Row[S]]] = {}
+        for s in self.running:
+            start = s.cached
+            stop = min(s.total, (start // self._chunk + 1) * self._chunk)
+            if stop == start or (s.drawn and s.total == s.limit):
+                continue  # its last token is on its way
+            row = Row(s, start, stop, samples=stop == s.total, unread=stop > s.length)
             if stop - start == 1:
                 decoding.append(row)
-                continue
-            cost = self._padded(stop - start)
-            if cost <= budget or not prefilling:
-                prefilling.append(row)
+            else:
+                lines.setdefault(s.tenant, []).append(row)
+        order = sorted(lines, key=lambda name: self.accounts[name].counter) if self._fair else list(lines)
+        chunks: list[Row[S]] = []
+        budget = self._prefill_budget
+        for row in _in_turns([lines[name] for name in order]) if self._fair else [r for n in order for r in lines[n]]:
+            cost = self._padded(row.stop - row.start)
+            if cost <= budget or not chunks:
+                chunks.append(row)
                 budget -= cost
-        return decoding + prefilling
+        return decoding, chunks
 
-    def remove(self, sequence: S) -> None:
-        """Takes a sequence out, waiting or running; its slot and pages are free at once."""
-        if sequence.slot is None:
-            self.waiting.remove(sequence)
-            return
+    def _wait(self, account: Account[S], sequence: S) -> None:
+        account.waiting.append(sequence)
+        account.waiting.sort(key=lambda s: (-s.priority, self._arrived[s.id]))
+
+    def _startable(self, admitted: list[S], swaps: int) -> S | None:
+        """Who can start now: the first in line of a tenant, of the one that was served least if it can.
+
+        One that has a slot but no pages holds up those after it: they would take what it waits for.
+        """
+        # One whose last token is on its way must be read first.
+        lines = [a for a in self.accounts.values() if a.waiting and not a.waiting[0].drawn]
+        order = sorted(lines, key=lambda a: (a.counter if self._fair else 0, self._arrived[a.waiting[0].id]))
+        for account in order:
+            sequence = account.waiting[0]
+            if not self._below_ceiling(account, sequence):
+                continue
+            if self._free_slots and self._affordable(sequence):
+                return sequence
+            victim = self._victim(account, admitted, swaps)[0] if self._fair else None
+            if victim is not None and self._affordable(sequence, len(victim.pages)):
+                return sequence
+            if self._free_slots or not self._fair:
+                return None
+        return None
+
+    def _affordable(self, sequence: S, returned: int = 0) -> bool:
+        """Whether pages for what it has, and one for each that runs to go on with, could be had now."""
+        if not self.running:
+            return True  # and what runs alone gets all
+        promised = sum(max(0, self.pages_for(s.total) - len(s.pages)) for s in self.running)
+        needed = self.pages_for(sequence.length) + promised + len(self.running)
+        return needed <= self.available + returned
+
+    def _below_ceiling(self, account: Account[S], sequence: S) -> bool:
+        """The same of the pages that its tenant may have."""
+        ceiling = account.tenant.max_pages
+        if ceiling is None or not account.running:
+            return True
+        held = sum(max(self.pages_for(s.total), len(s.pages)) for s in account.running)
+        return held + len(account.running) + self.pages_for(sequence.length) <= ceiling
+
+    def _victim(self, account: Account[S], spared: list[S], swaps: int) -> tuple[S | None, bool]:
+        """The sequence, none of `spared`, that fairness takes a slot from in favour of a tenant, and whether it does
+        because that tenant is behind, which happens `swaps` times."""
+        others = [a for a in self.accounts.values() if a is not account and any(s not in spared for s in a.running)]
+        if not others:
+            return None, False
+        crowded = max(others, key=lambda a: (len(a.running) / a.tenant.weight, a.counter))
+        if not account.running and len(crowded.running) > 1:
+            return self._last(crowded, spared), False
+        ahead = max(others, key=lambda a: a.counter)
+        share, mine = len(ahead.running) / ahead.tenant.weight, len(account.running) / account.tenant.weight
+        if swaps and ahead.counter - account.counter > QUANTUM and share >= mine:
+            return self._last(ahead, spared), True
+        return None, False
+
+    def _last(self, account: Account[S], spared: list[S]) -> S:
+        """Of the least priority, the one that came last."""
+        return min((s for s in account.running if s not in spared), key=lambda s: (s.priority, -self._arrived[s.id]))
+
+    def _stop(self, sequence: S) -> None:
+        assert sequence.slot is not None
         self.running.remove(sequence)
+        self.accounts[sequence.tenant].running.remove(sequence)
         self._free_slots.append(sequence.slot)
+        self.cache.touch(sequence.keys)
         self.pages.release(sequence.pages)
-        sequence.slot, sequence.pages = None, []
+        sequence.slot, sequence.pages, sequence.cached, sequence.published = None, [], 0, 0
+
+    def _cover(self, sequence: S, tokens: int) -> bool:
+        """Gets the pages that a sequence needs for that many tokens; if need be from others. False if it had to go."""
+        needed = self.pages_for(tokens) - len(sequence.pages)
+        if needed <= 0:
+            return True
+        account = self.accounts[sequence.tenant]
+        ceiling = account.tenant.max_pages
+        if ceiling is not None:
+            while (over := len(self._charged(account)) + needed - ceiling) > 0:
+                if self.cache.evict(over, sequence.tenant, own_only=True):
+                    continue
+                victim = self._last(account, [])
+                self.preempt(victim)
+                if victim is sequence:
+                    return False
+        while needed > self.pages.free:
+            if self.cache.evict(needed - self.pages.free, sequence.tenant):
+                continue
+            victim = self._poorest()
+            self.preempt(victim)
+            if victim is sequence:
+                return False
+        for page in self.pages.allocate(needed):
+            sequence.table[len(sequence.pages)] = page
+            sequence.pages.append(page)
+        return True
+
+    def _poorest(self) -> S:
+        """Who gives up its pages: the last to come, of the tenant that had most of those with several sequences."""
+        if not self._fair:
+            return max(self.running, key=lambda s: self._arrived[s.id])
+        accounts = [a for a in self.accounts.values() if a.running]
+        several = [a for a in accounts if len(a.running) > 1]
+        return self._last(max(several or accounts, key=lambda a: a.counter), [])
+
+    def _charged(self, account: Account[S]) -> set[int]:
+        """Pages that count against a tenant's ceiling."""
+        return self.cache.owned(account.name).union(*(s.pages for s in account.running))
+
+    def _reuse(self, sequence: S) -> None:
+        """Starts a sequence with the pages of its tokens that the prefix cache has; at least one token is computed."""
+        if sequence.first_key is None:
+            return
+        self._extend_keys(sequence)
+        most = (sequence.length - 1) // self.page_size
+        pages = self.cache.match(sequence.keys[:most])
+        public = self.cache.match(sequence.public_keys[:most])
+        if len(public) > len(pages):
+            pages, public = public, pages
+        self.pages.release(public)
+        sequence.pages = pages
+        sequence.table[: len(pages)] = pages
+        sequence.cached = sequence.reused = len(pages) * self.page_size
+        sequence.served = max(sequence.served, sequence.cached)
+
+    def _publish(self, sequence: S) -> None:
+        """Offers the full pages of a sequence to the prefix cache."""
+        if sequence.first_key is None:
+            return
+        full = min(sequence.cached, sequence.length) // self.page_size
+        if full <= sequence.published:
+            return
+        self._extend_keys(sequence)
+        for i in range(sequence.published, full):
+            public = sequence.public_keys[i] if i < len(sequence.public_keys) else None
+            if public in self.cache.public:
+                self.cache.put(public, sequence.pages[i], None)
+            else:
+                self.cache.put(sequence.keys[i], sequence.pages[i], sequence.tenant)
+        sequence.published = full
+
+    def _extend_keys(self, sequence: S) -> None:
+        """Computes the keys of full pages of known tokens, under the tenant's salt, and under the public one as far as
+        the prefix is public."""
+        size = self.page_size
+        salt = self._salts[sequence.tenant]
+        assert sequence.first_key is not None
+        key = sequence.keys[-1] if sequence.keys else sequence.first_key
+        for at in range(len(sequence.keys) * size, sequence.length - size + 1, size):
+            key = next_key(key, sequence.tokens[at : at + size], salt)
+            sequence.keys.append(key)
+        public = sequence.public_keys
+        if not self.cache.public:
+            return
+        while (at := len(public) * size) + size <= sequence.length:
+            before = public[-1] if public else sequence.first_key
+            key = next_key(before, sequence.tokens[at : at + size], self.cache.public_salt)
+            if key not in self.cache.public:
+                break
+            public.append(key)
+
+
+def _in_turns(lines: list[list[S]]) -> Iterator[S]:
+    """The first of each line, then the second of each, and so on."""
+    for i in range(max(map(len, lines), default=0)):
+        yield from (line[i] for line in lines if i < len(line))

@@ -3,7 +3,7 @@
 from realm_jax.lora.adapter import Adapter, Pair, weight_shapes
 from realm_jax.lora.merge import MergeReport, merge
 from realm_jax.lora.reading import read_adapter
-from realm_jax.lora.store import AdapterStore, Resident, check_scale, check_scale
+from realm_jax.lora.store import AdapterStore, Resident, check_scale
 
 __all__ = [
     "Adapter",
