@@ -1,6 +1,7 @@
 """What a request asks of the sampler: one frozen, validated dataclass. Importing it does not import jax."""
 
 import difflib
+import json
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from realm_jax.errors import InvalidRequestError
 MAX_LOGPROBS = 20
 MAX_SEED = 2**64 - 1
 MAX_CHOICES = 256
+MAX_GRAMMAR = 1 << 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,11 @@ class SamplingParams:
         random seed for every request.
       n: number of independent completions of the prompt.
       logprobs: None, or how many of the most likely tokens (0 to 20) to report at each position beside the chosen one.
-      grammar, json_schema: not supported in this version; anything but None is refused.
+      grammar: None, or what the text must be: a Lark grammar in llguidance's dialect, or {"regex": pattern} in that of
+        Rust's regex crate. End-of-generation tokens can come only where the grammar may end, and then nothing else.
+      json_schema: None, or the JSON schema that the text must satisfy: a dict, its JSON text, or True for any JSON
+        value; kept as text. Keywords that llguidance does not implement are refused. At most one of the two may be
+        given, of at most 65536 bytes. A text that max_tokens cuts off may be no whole one.
 
     Raises:
       InvalidRequestError: unknown field, wrong type, or value out of range; one line that says what is accepted.
@@ -63,8 +69,8 @@ class SamplingParams:
     seed: int | None = None
     n: int = 1
     logprobs: int | None = None
-    grammar: Any = None
-    json_schema: Any = None
+    grammar: str | Mapping[str, str] | None = None
+    json_schema: Mapping[str, Any] | str | bool | None = None
 
     def __new__(cls, *args: Any, **options: Any) -> "SamplingParams":
         # The generated __init__ answers a wrong name with a TypeError; a request's mistake is ours to explain.
@@ -82,9 +88,10 @@ class SamplingParams:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        for name in ("grammar", "json_schema"):
-            if getattr(self, name) is not None:
-                raise InvalidRequestError(f"{name} is not supported in this version; accepted: None")
+        put("grammar", _grammar(self.grammar))
+        put("json_schema", _schema(self.json_schema))
+        if self.grammar is not None and self.json_schema is not None:
+            raise InvalidRequestError("grammar and json_schema are both given; accepted: one of them")
         put("max_tokens", _integer("max_tokens", self.max_tokens, low=1, none_ok=True))
         put("temperature", _number("temperature", self.temperature, low=0.0))
         put("top_k", _integer("top_k", self.top_k, low=0))
@@ -182,6 +189,59 @@ def _strings(field: str, value: Any) -> tuple[str, ...]:
         if any("\ud800" <= char <= "\udfff" for char in item):
             raise _refuse(field, item, "text without lone surrogates")
     return tuple(items)
+
+
+def _grammar(value: Any) -> str | dict[str, str] | None:
+    accepted = 'a Lark grammar (a non-empty string), {"regex": a string}, or None'
+    if value is None:
+        return None
+    text = value
+    if isinstance(value, Mapping):
+        if list(value) != ["regex"]:
+            raise _refuse("grammar", value, accepted)
+        text = value["regex"]
+    if not isinstance(text, str) or not text.strip() or (text is value and text.lstrip().startswith("{")):
+        raise _refuse("grammar", value, accepted)
+    _check_size("grammar", text)
+    return text if text is value else {"regex": text}
+
+
+def _schema(value: Any) -> str | None:
+    accepted = "a JSON schema (a dict, or its JSON text), True for any JSON value, or None"
+    if value is None:
+        return None
+    if value is True:
+        return "{}"
+    if not isinstance(value, (str, Mapping)):
+        raise _refuse("json_schema", value, accepted)
+    try:
+        if isinstance(value, str):
+            _check_size("json_schema", value)
+            value = json.loads(value, parse_constant=_no_constant)
+        if value is True:
+            return "{}"
+        if not isinstance(value, Mapping):
+            raise _refuse("json_schema", value, accepted)
+        text = json.dumps(dict(value), allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, InvalidRequestError):
+            raise
+        raise InvalidRequestError(f"json_schema is no JSON: {shown(str(error))}; accepted: {accepted}") from None
+    _check_size("json_schema", text)
+    return text
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _check_size(field: str, text: str) -> None:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise _refuse(field, text, "text without lone surrogates") from None
+    if size > MAX_GRAMMAR:
+        raise InvalidRequestError(f"{field} has {size} bytes; accepted: at most {MAX_GRAMMAR}")
 
 
 def _ids(field: str, value: Any) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ FLOORS = [
     {"llm"},
     {"engine"},
     {"arguments", "lora", "structured"},
-    {"sampling", "structured", "model"},
+    {"sampling", "model"},
     {"cache", "quant", "text", "registry"},
     {"gguf", "results", "sampling_params"},
     {"errors", "interrupt", "pallas_kernels"},

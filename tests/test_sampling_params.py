@@ -1,6 +1,7 @@
 """SamplingParams: defaults, normalisation, and one clear line for every wrong value."""
 
 import dataclasses
+import json
 import pickle
 import subprocess
 import sys
@@ -65,8 +66,25 @@ REFUSED = [
     ("logprobs", 21),
     ("logprobs", -1),
     ("logprobs", True),
-    ("grammar", 'root ::= "x"'),
-    ("json_schema", {}),
+    ("grammar", " "),
+    ("grammar", b"start: /a/"),
+    ("grammar", '{"grammars": []}'),
+    ("grammar", {"regexp": "a"}),
+    ("grammar", {"regex": 5}),
+    ("grammar", {"regex": "a", "flags": "i"}),
+    ("grammar", "start: /\ud800/"),
+    ("grammar", "x" * 65537),
+    ("json_schema", 5),
+    ("json_schema", False),
+    ("json_schema", []),
+    ("json_schema", "[1]"),
+    ("json_schema", '{"type": '),
+    ("json_schema", '{"minimum": NaN}'),
+    ("json_schema", {"minimum": float("inf")}),
+    ("json_schema", {"enum": {1, 2}}),
+    ("json_schema", {"const": "\ud800"}),
+    ("json_schema", '{"items":' * 9000 + "{}" + "}" * 9000),
+    ("json_schema", {"const": "x" * 65536}),
 ]
 
 
@@ -145,3 +163,14 @@ def test_ids_are_checked_against_the_vocabulary():
 def test_importing_does_not_import_jax():
     code = "import realm_jax.sampling_params, realm_jax.results, sys; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_grammars_and_schemas_are_kept_as_text():
+    assert SamplingParams(json_schema=True).json_schema == SamplingParams(json_schema={}).json_schema == "{}"
+    schema = {"properties": {"b": {}, "a": {}}}
+    assert json.loads(SamplingParams(json_schema=schema).json_schema) == schema
+    assert SamplingParams(json_schema=json.dumps(schema)) == SamplingParams(json_schema=schema)
+    assert SamplingParams(grammar='start: "a"').grammar == 'start: "a"'
+    assert SamplingParams(grammar={"regex": "{a"}).grammar == {"regex": "{a"}
+    with pytest.raises(InvalidRequestError, match="both given; accepted: one of them"):
+        SamplingParams(grammar='start: "a"', json_schema=True)
