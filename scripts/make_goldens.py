@@ -42,7 +42,7 @@ DIVERGENCE_CHUNKS, DIVERGENCE_TOKENS = 8, 256
 def llama_cpp_logits(
     path: Path, tokens: list[int], context: int, adapter: Path | None = None, scale: float = 1.0
 ) -> np.ndarray:
-    """float32 [T, vocab]: llama.cpp's logits at every position, the whole sequence in one batch; adapter: a LoRA's file."""
+    """float32 [T, vocab]: llama.cpp's logits at every position, the whole sequence in one batch, with an adapter."""
     import llama_cpp
 
     model_params = llama_cpp.llama_model_default_params()
