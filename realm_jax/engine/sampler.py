@@ -105,6 +105,10 @@ class Sampler:
             history, self._history = self._history, None  # donated: lost if the call fails
             self._history = sampling.write_history(history, np.int32(slot), in_prompt, count, bias)
 
+    def counts(self, slot: int) -> bool:
+        """Whether what the slot's request draws depends on a history of its tokens."""
+        return bool(self._shaped[slot])
+
     def dispatch(self, logits: jax.Array, rows: Sequence[DrawRow | None], count: bool) -> Drawn:
         """Starts drawing a token for each row from its row of logits float32 [at least len(rows), vocab].
 
