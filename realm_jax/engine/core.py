@@ -218,7 +218,8 @@ class Core:
             DraftModel.check_vocabulary(self.tokenizer, tokenizer)
             length = min(self.context_length, config.trained_context or self.context_length)
             model = load_model(file, length, progress, backend=backend)
-        return DraftModel(model, self._make_runner(Runner(model, max_batch=max_batch), "the draft model "))
+        runner = self._make_runner(Runner(model, max_batch=max_batch), "the draft model ")
+        return DraftModel(model, runner, vocab_size=self.config.vocab_size)
 
     def _max_drafts(self, speculate: bool | int | None) -> int:
         if speculate is None:
@@ -237,7 +238,7 @@ class Core:
         from realm_jax.structured import GrammarTokenizer
 
         if self._grammars is None:
-            self._grammars = GrammarTokenizer(self.tokenizer)
+            self._grammars = GrammarTokenizer(self.tokenizer, self.config.vocab_size)
         return self._grammars.start(params)
 
 

@@ -646,6 +646,7 @@ class HostLoop:
             request.use_adapter(self._loaded_adapters().acquire(request.adapter_name))
 
     def _unpin(self, request: Request) -> None:
+        assert request.adapter is not None
         with self._adapter_lock:
             self._loaded_adapters().release(request.adapter)
         request.adapter = None

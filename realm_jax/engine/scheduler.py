@@ -352,7 +352,7 @@ class Scheduler(Generic[S]):
         self.running.remove(sequence)
         self.accounts[sequence.tenant].running.remove(sequence)
         self._free_slots.append(sequence.slot)
-        self.cache.touch(sequence.keys)
+        self.cache.touch(self._cache_keys(sequence))
         self.pages.release(sequence.pages)
         sequence.slot, sequence.pages, sequence.cached, sequence.published = None, [], 0, 0
 
@@ -401,12 +401,7 @@ class Scheduler(Generic[S]):
             return
         self._extend_keys(sequence)
         most = (sequence.length - 1) // self.page_size
-        pages = self.cache.match(sequence.keys[:most])
-        public = self.cache.match(sequence.public_keys[:most])
-        if len(public) > len(pages):
-            pages, public = public, pages
-        self.pages.release(public)
-        sequence.pages = pages
+        sequence.pages = pages = self.cache.match(self._cache_keys(sequence)[:most])
         sequence.table[: len(pages)] = pages
         sequence.cached = sequence.reused = len(pages) * self.page_size
         sequence.served = max(sequence.served, sequence.cached)
@@ -419,13 +414,14 @@ class Scheduler(Generic[S]):
         if full <= sequence.published:
             return
         self._extend_keys(sequence)
+        keys, public = self._cache_keys(sequence), len(sequence.public_keys)
         for i in range(sequence.published, full):
-            public = sequence.public_keys[i] if i < len(sequence.public_keys) else None
-            if public in self.cache.public:
-                self.cache.put(public, sequence.pages[i], None)
-            else:
-                self.cache.put(sequence.keys[i], sequence.pages[i], sequence.tenant)
+            self.cache.put(keys[i], sequence.pages[i], None if i < public else sequence.tenant)
         sequence.published = full
+
+    def _cache_keys(self, sequence: S) -> list[bytes]:
+        """What its full pages are found under: the public keys as far as its prefix is public, then the tenant's."""
+        return sequence.public_keys + sequence.keys[len(sequence.public_keys) :]
 
     def _extend_keys(self, sequence: S) -> None:
         """Computes the keys of full pages of known tokens, under the tenant's salt, and under the public one as far as
@@ -448,7 +444,7 @@ class Scheduler(Generic[S]):
             public.append(key)
 
 
-def _in_turns(lines: list[list[S]]) -> Iterator[S]:
+def _in_turns(lines: list[list[Row[S]]]) -> Iterator[Row[S]]:
     """The first of each line, then the second of each, and so on."""
     for i in range(max(map(len, lines), default=0)):
         yield from (line[i] for line in lines if i < len(line))
