@@ -16,6 +16,7 @@ from realm_jax.model.adapters import EMBEDDING, HEAD
 from realm_jax.model.params import Model
 
 MAX_RANK = 1024
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 DTYPES = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16))
 
 Place = tuple[str, int | None]  # a role, and its layer, or None for what a model has once
@@ -158,7 +159,7 @@ class Builder:
         for which, matrix in (("A", a), ("B", b)):
             if not np.isfinite(matrix).all():
                 raise self.fail(f"{name}: {which} holds values that are not finite")
-        if not math.isfinite(scale) or abs(scale) > np.finfo(np.float32).max:
+        if not math.isfinite(scale) or abs(scale) > FLOAT32_MAX:
             raise self.fail(f"{name}: its scale is {scale:g}; a float32 is accepted")
         self._pairs[place] = Pair(a, b, scale)
 

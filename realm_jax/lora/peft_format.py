@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from realm_jax.errors import AdapterError
 from realm_jax.gguf.header import quote
-from realm_jax.lora.adapter import Adapter, Builder, Place, name_of, permuted_rows
+from realm_jax.lora.adapter import FLOAT32_MAX, Adapter, Builder, Place, name_of, permuted_rows
 from realm_jax.model.adapters import EMBEDDING, HEAD
 from realm_jax.model.config import ModelConfig
 
@@ -170,7 +170,7 @@ class _Scaling:
 
     def _number(self, name: str, value: Any) -> float:
         good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not good or abs(value) > np.finfo(np.float32).max or not math.isfinite(value):
+        if not good or abs(value) > FLOAT32_MAX or not math.isfinite(value):
             raise self._builder.fail(f"{CONFIG}: {name} is {_shown(value)}; a finite number is accepted")
         return float(np.float32(value))  # as a GGUF file of the same adapter holds it
 
