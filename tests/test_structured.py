@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -139,6 +140,15 @@ def test_an_end_that_was_drawn_is_the_end(bpe):
     assert set(allowed(state.mask())) == set(bpe.eog_ids)
 
 
+@pytest.mark.parametrize("vocab_size", [None, VOCABULARY_SIZE + 1, VOCABULARY_SIZE + 32])
+def test_masks_have_a_bit_for_each_column_of_the_logits(vocab_size):
+    grammars = GrammarTokenizer(load_tokenizer(bpe_vocabulary()), vocab_size)
+    mask = grammars.start(SamplingParams(grammar={"regex": "[ab]"})).mask()
+    assert mask.shape == (-(-(vocab_size or VOCABULARY_SIZE) // 32),)
+    tokens = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+    assert tokens.tolist() == spelled(grammars, "ab")
+
+
 def test_a_token_that_is_not_allowed_is_an_error(grammars):
     state = grammars.start(SamplingParams(grammar={"regex": "a+"}))
     with pytest.raises(RealmError, match=r"grammar failed|does not allow"):
@@ -242,6 +252,29 @@ def test_a_grammar_that_takes_too_long_is_refused_and_the_next_is_served(bpe, mo
     monkeypatch.undo()
     state = bpe.start(SamplingParams(grammar={"regex": "x[0-9]"}))
     assert allowed(state.mask()) == spelled(bpe, "x")
+
+
+def test_a_text_that_outgrows_the_parser_ends_in_an_error_and_not_in_a_long_wait(bpe):
+    """Nor does it touch another text of the same grammar."""
+    params = SamplingParams(grammar="start: start start | /[ab]/ | start start start")
+    state, other = bpe.start(params), bpe.start(params)
+    slowest = 0.0
+
+    def go_on():
+        nonlocal slowest
+        for _ in range(3000):
+            began = time.perf_counter()
+            state.mask()
+            slowest = max(slowest, time.perf_counter() - began)
+            state.advance(*spelled(bpe, "a"))
+
+    with pytest.raises(RealmError, match=r"grammar failed: .*max is 500"):
+        go_on()
+    assert slowest < 0.5
+    with pytest.raises(RealmError, match="grammar failed"):
+        state.masks(spelled(bpe, "a"))
+    for unharmed in (other, bpe.start(params)):
+        assert len(unharmed.masks(spelled(bpe, "ab"))) == 3
 
 
 def test_vocabularies_that_cannot_serve_are_refused():

@@ -20,7 +20,7 @@ from realm_jax.engine.tenants import DEFAULT_TENANT, Tenant
 from realm_jax.errors import ChatTemplateError, InvalidRequestError
 from realm_jax.gguf import open_gguf
 from realm_jax.interrupt import interrupt_deferred
-from realm_jax.lora import AdapterStore
+from realm_jax.lora import AdapterStore, MergeReport, merge
 from realm_jax.model import check_model, load_model
 from realm_jax.model.backend import resolve_backend
 from realm_jax.registry import resolve
@@ -179,6 +179,18 @@ class Core:
             )
         self.loop.scheduler.check(requests[0].limit, tenant)
         return requests
+
+    def merge_adapter(self, name: str, format: Any, scale: float) -> MergeReport:
+        """See LLM.merge_adapter."""
+        runner = self.check_open()
+
+        def change() -> MergeReport:
+            with self.loop.held_adapter(name) as adapter:
+                model, report = merge(runner.model, adapter.adapter, format, adapter.effective(scale))
+            runner.swap(model)
+            return report
+
+        return self.loop.swap_model(change)
 
     def warm_up(self) -> None:
         """Compiles what requests may need, so that none of them waits for it."""

@@ -14,15 +14,16 @@ import numpy as np
 from realm_jax.errors import InvalidRequestError, RealmError
 from realm_jax.sampling_params import SamplingParams
 from realm_jax.structured.check import GrammarChecker
+from realm_jax.structured.worker import LIMITS
 from realm_jax.text import Tokenizer
 
 # Whitespace between a JSON document's parts: free, but not without end, which small models like to fall into.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
-_COMPILED = 64  # grammars kept compiled
+_REMEMBERED = 256  # grammars that need no check any more
 
 
 class GrammarTokenizer:
-    """A model's vocabulary as grammars see it, and the grammars compiled for it. Any thread may use it."""
+    """A model's vocabulary as grammars see it. Any thread may use it."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None):
         """
@@ -54,7 +55,7 @@ class GrammarTokenizer:
         self.checker = GrammarChecker(self.tokens, self.eog_ids, special)
         self._lock = threading.Lock()
         self._native: Any = None
-        self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._checked: OrderedDict[str, None] = OrderedDict()  # texts, the last used at the end
 
     def start(self, params: SamplingParams) -> "GrammarState":
         """The state of a new completion under the grammar or schema of its parameters, one of which is given.
@@ -72,14 +73,12 @@ class GrammarTokenizer:
             raise RealmError(f"grammars and JSON schemas need the package llguidance: {error}") from None
         text = _grammar_text(params)
         with self._lock:
-            matcher = self._compiled.get(text)
-            if matcher is not None:
-                self._compiled.move_to_end(text)
-                return GrammarState(self, matcher.deep_copy())
-        self.checker.check(text)
-        limits = LLParserLimits(verbose_errors=False)
-        matcher = LLMatcher(self._llguidance(), text, log_level=0, limits=limits)
-        state = GrammarState(self, matcher.deep_copy())
+            known = text in self._checked
+        if not known:
+            self.checker.check(text)
+        # Compiled for each state: copies of a matcher share its lexer, and so its limits and failures.
+        matcher = LLMatcher(self._llguidance(), text, log_level=0, limits=LLParserLimits(**LIMITS))
+        state = GrammarState(self, matcher)
         try:
             nothing = not state.mask().any()
         except RealmError as error:
@@ -87,10 +86,11 @@ class GrammarTokenizer:
         if nothing:
             raise InvalidRequestError("the grammar allows no text at all; accepted: one that allows some")
         with self._lock:
-            self._compiled[text] = matcher
-            while len(self._compiled) > _COMPILED:
-                self._compiled.popitem(last=False)
-            return GrammarState(self, matcher.deep_copy())
+            self._checked[text] = None
+            self._checked.move_to_end(text)
+            while len(self._checked) > _REMEMBERED:
+                self._checked.popitem(last=False)
+        return state
 
     def __call__(self, text: bytes | str) -> list[int]:
         """The tokens that spell exactly these bytes, as the tokenizer would: for where a grammar leaves no choice."""
@@ -154,9 +154,9 @@ class GrammarState:
             return self._only_end
         words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         self._check()
-        if len(words) != self._words:
+        if len(words) < self._words:
             raise RealmError(f"the grammar's mask has {len(words)} words; {self._words} are needed")
-        return words
+        return words[: self._words]  # llguidance has one to spare
 
     def advance(self, token: int) -> None:
         """Takes the token that was drawn.

@@ -14,6 +14,13 @@ import threading
 from typing import Any
 
 STACK = 1 << 20  # bytes: less than any thread of the parent has
+# Of llguidance's parser, below its defaults: what one mask may take, of time and, in states of 1 to 2 kB, of memory.
+LIMITS: dict[str, Any] = {
+    "max_items_in_row": 500,
+    "step_max_items": 10_000,
+    "max_lexer_states": 50_000,
+    "verbose_errors": False,
+}
 
 
 class Vocabulary:
@@ -39,11 +46,9 @@ def attempt(tokenizer: Any, grammar: str) -> str:
     """Compiles a grammar and takes its first mask; what is wrong with it."""
     from llguidance import LLMatcher, LLParserLimits
 
-    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
     if not matcher.is_error():
         matcher.compute_bitmask()
-        copy = matcher.deep_copy()
-        del copy
     return matcher.get_error()
 
 
