@@ -13,6 +13,7 @@ import numpy as np
 
 from realm_jax.errors import AdapterError, GGUFError
 from realm_jax.gguf import GGMLType, GGUFFile, open_gguf
+from realm_jax.gguf.file import display_path
 from realm_jax.gguf.header import TensorInfo, quote
 from realm_jax.lora.adapter import Adapter, Builder, Place, name_of
 
@@ -34,7 +35,7 @@ def read_gguf(path: str | os.PathLike[str], architecture: str, shapes: Mapping[P
 
 
 def _read(file: GGUFFile, architecture: str, shapes: Mapping[Place, tuple[int, ...]]) -> Adapter:
-    builder = Builder(str(file.path), architecture, shapes)
+    builder = Builder(display_path(file.path), architecture, shapes)
     for key, wanted in (
         ("general.type", "adapter"),
         ("adapter.type", "lora"),

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from realm_jax.errors import AdapterError
+from realm_jax.gguf.file import display_path
 from realm_jax.gguf.header import quote
 from realm_jax.lora.adapter import FLOAT32_MAX, Adapter, Builder, Place, name_of, permuted_rows
 from realm_jax.model.adapters import EMBEDDING, HEAD
@@ -78,7 +79,7 @@ _PATTERN = re.compile(r"\^?(?:[A-Za-z0-9_.|()]|\\\.|\\d\+?|\[[0-9-]+\])+\$?")
 def read_peft(folder: str | os.PathLike[str], config: ModelConfig, shapes: Mapping[Place, tuple[int, ...]]) -> Adapter:
     """The adapter in a PEFT folder. AdapterError for whatever is wrong with it."""
     folder = Path(folder)
-    builder = Builder(str(folder), config.architecture, shapes)
+    builder = Builder(display_path(folder), config.architecture, shapes)
     for name in (CONFIG, WEIGHTS):
         try:
             regular = stat.S_ISREG(os.stat(folder / name).st_mode)
