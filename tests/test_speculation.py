@@ -53,18 +53,51 @@ def test_lookup_of_a_long_text_is_bounded_and_finds_what_is_near():
 def test_step_costs_are_medians_between_which_is_interpolated():
     costs = StepCosts(bucket)
     assert costs.seconds(3) is None
-    costs.observe(1, 1.0)
+    for _ in range(3):
+        assert not costs.measured(1)
+        costs.observe(1, 1.0)
+    assert costs.measured(1)
     assert costs.seconds(32) == 1.0  # unknown: worth trying
-    for seconds in (3.0, 900.0, 3.0):
+    for seconds in (900.0, 3.0):
         costs.observe(7, seconds)
+    assert not costs.measured(8)  # one of two may have been held up
+    costs.observe(7, 3.0)
     assert costs.seconds(5) == costs.seconds(8) == 3.0
-    assert costs.seconds(2) == pytest.approx(1 + 2 / 7)
+    assert costs.seconds(2) == pytest.approx(1 + 1 / 7 * 2)
     assert costs.seconds(9) == 3.0
+    for _ in range(2000):
+        costs.observe(1, 1.0)
+    assert costs.seconds(8) == 1.0  # too long ago
+
+
+def test_a_hiccup_while_measuring_does_not_turn_it_off_for_good():
+    costs = measured(1.0, 0.05)
+    for _ in range(15):
+        costs.observe(8, 1000.0)
+    policy = Adaptive(7, costs)
+    chosen = []
+    for _ in range(3000):
+        chosen.append(k := policy.choose(0))
+        costs.observe(1 + k, 1.0 + 0.05 * bucket(1 + k))
+        policy.observe(k, k)
+    assert chosen[100] < 4
+    assert chosen[-1] == 7
+
+
+def test_nothing_is_drafted_before_plain_steps_are_measured_and_one_while_the_draft_is_not():
+    costs = StepCosts(bucket)
+    policy = Adaptive(7, costs)
+    for _ in range(3):
+        assert policy.choose(0) == 0
+        costs.observe(1, 1.0)
+    assert policy.choose(0, None) == 1
+    assert policy.choose(0, 0.01) == 7
+    assert policy.choose(3) == 0  # another size of batch
 
 
 def measured(fixed, per_row):
     costs = StepCosts(bucket)
-    for size in BUCKETS:
+    for size in BUCKETS * 3:
         costs.observe(size, fixed + per_row * size)
     return costs
 
@@ -182,7 +215,7 @@ def test_it_comes_back_when_the_text_turns():
 def test_rows_that_the_bucket_has_anyway_are_filled():
     """Nine rows run as twelve: three drafts are free, a fourth is not."""
     costs = StepCosts(bucket)
-    for size in BUCKETS:
+    for size in BUCKETS * 3:
         costs.observe(size, float(size))
     policy = Adaptive(7, costs)
     assert policy.choose(8) == 3
@@ -191,7 +224,7 @@ def test_rows_that_the_bucket_has_anyway_are_filled():
 def test_load_turns_it_off():
     """With memory's bandwidth to spare drafts are nearly free; with the arithmetic busy they are not."""
     costs = StepCosts(bucket)
-    for size in BUCKETS:
+    for size in BUCKETS * 3:
         costs.observe(size, max(1.0, size / 8))
     assert Adaptive(7, costs).choose(0) == 7
     busy = Adaptive(7, costs)

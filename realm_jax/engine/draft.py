@@ -27,6 +27,9 @@ _CATCH_UP = 4
 _AT_ONCE = 2
 
 
+_REMEMBERED = 60.0  # seconds that a measured round counts
+
+
 class _Follower:
     """What the draft model holds of one request.
 
@@ -68,8 +71,6 @@ class DraftModel:
     depends on seed and position alone, it draws what the target draws wherever the two models nearly agree. The tokens
     of a round stay on the device until all of it is dispatched, except for requests with penalties.
 
-    Attributes:
-      seconds: what one drafted token took, the median of the last rounds; 0 before the first.
     """
 
     def __init__(self, model: Any, runner: Any, vocab_size: int | None = None):
@@ -86,8 +87,7 @@ class DraftModel:
         self._sampler = Sampler(runner.max_batch, self._vocab)
         self._bound: dict[int, _Follower] = {}  # slot -> whose parameters the sampler has there
         self._followers: dict[str, _Follower] = {}
-        self._took: deque[float] = deque(maxlen=15)
-        self.seconds = 0.0
+        self._took: deque[tuple[float, float]] = deque(maxlen=15)  # when, and seconds of a drafted token
         self.pages = PageAllocator(runner.num_pages)
 
     @staticmethod
@@ -111,6 +111,16 @@ class DraftModel:
                     f"the draft model has {draft.vocab_size} tokens, the target {target.vocab_size}, and token {token} "
                     f"({longer.token_bytes(token)[:40]!r}) is no padding; accepted: a model with the target's tokens"
                 )
+
+    @property
+    def seconds(self) -> float | None:
+        """What one drafted token takes: the median of the last rounds; None if the last minute saw fewer than three.
+
+        Then it is to be measured: what seemed too dear, when the machine was busy, may be worth it now.
+        """
+        since = time.perf_counter() - _REMEMBERED
+        recent = [taken for at, taken in self._took if at >= since]
+        return statistics.median(recent) if len(recent) >= 3 else None
 
     def warm_up(self) -> None:
         """Compiles every program that drafting may need; the sampler's are the target's, if the vocabularies agree."""
@@ -161,8 +171,8 @@ class DraftModel:
             proposals[i] = drafts
         total = sum(map(len, proposals))
         if total and not behind and self._runner.compiled == compiled:
-            self._took.append((time.perf_counter() - began) / total)
-            self.seconds = statistics.median(self._took)
+            now = time.perf_counter()
+            self._took.append((now, (now - began) / total))
         return proposals
 
     def _follow(self, request: Request, tokens: int) -> _Follower | None:

@@ -22,6 +22,9 @@ _KEPT = 0.9
 _PRIOR = (1.5, 2.0)
 # What speculation must gain by the estimate to be used.
 _WORTHWHILE = 1.01
+# Batches of a size that must be measured, and how many batches later they are forgotten.
+_ENOUGH = 3
+_RECENT = 2000
 # Prompts are indexed no further back than this, which bounds memory and the time of the first look-up.
 _INDEXED = 1 << 15
 
@@ -86,20 +89,34 @@ class NGram:
 
 
 class StepCosts:
-    """Seconds that a batch takes, measured, by the bucket its rows are padded to. One for all requests of an engine."""
+    """Seconds that a batch takes, measured, by the bucket its rows are padded to. One for all requests of an engine.
+
+    A size counts as measured after _ENOUGH batches, so that one that was held up does not decide, and only while these
+    are among the last _RECENT ones: what once looked too dear to try is tried again some day.
+    """
 
     def __init__(self, bucket: Callable[[int], int]):
-        """bucket: from a number of rows to the number they are padded to; it may raise for more rows than there are."""
+        """bucket: from a number of rows to the number they are padded to."""
         self._bucket = bucket
-        self._measured: dict[int, deque[float]] = {}
-        self._medians: dict[int, float] = {}
+        self._observed = 0
+        self._samples: dict[int, deque[tuple[int, float]]] = {}  # by bucket: when, in batches, and seconds
+        self._medians: dict[int, float] = {}  # of those that are measured
 
     def observe(self, rows: int, seconds: float) -> None:
         """A batch of so many decode rows took so long. Batches that compiled, or held prompts, tell nothing here."""
+        self._observed += 1
         bucket = self._bucket(rows)
-        measured = self._measured.setdefault(bucket, deque(maxlen=15))
-        measured.append(seconds)
-        self._medians[bucket] = statistics.median(measured)
+        samples = self._samples.setdefault(bucket, deque(maxlen=15))
+        samples.append((self._observed, seconds))
+        if len(samples) >= _ENOUGH:
+            self._medians[bucket] = statistics.median(taken for _, taken in samples)
+        for size in [size for size, known in self._samples.items() if known[-1][0] <= self._observed - _RECENT]:
+            del self._samples[size]
+            self._medians.pop(size, None)
+
+    def measured(self, rows: int) -> bool:
+        """Whether batches of so many rows are measured."""
+        return self._bucket(rows) in self._medians
 
     def seconds(self, rows: int) -> float | None:
         """Of a batch of so many rows; between measured sizes by interpolation. None while nothing is measured.
@@ -108,9 +125,8 @@ class StepCosts:
         """
         if not self._medians:
             return None
-        bucket = self._bucket(rows)
         known = sorted(self._medians)
-        return float(np.interp(bucket, known, [self._medians[size] for size in known]))
+        return float(np.interp(self._bucket(rows), known, [self._medians[size] for size in known]))
 
 
 class Adaptive:
@@ -142,19 +158,21 @@ class Adaptive:
         """The present estimate of a, 0 to 1."""
         return self._accepted / self._tried
 
-    def choose(self, others: int, draft_seconds: float = 0.0) -> int:
+    def choose(self, others: int, draft_seconds: float | None = 0.0) -> int:
         """How many drafts to verify in the next step, 0 to max_drafts. Call it once for every step of the request.
 
         Args:
           others: rows that the batch has besides this request's first one.
-          draft_seconds: what each draft costs; 0 for n-gram lookup.
+          draft_seconds: what each draft costs; 0 for n-gram lookup, None for what is not known yet.
         """
         self._account, self._probes = self._booked(self._account, _PROBING), self._booked(self._probes, _PROBING)
         self._probing = False
         plain = self._costs.seconds(others + 1)
-        if not plain:
+        if not plain or not self._costs.measured(others + 1):
+            return 0  # steps without drafts tell what there is to gain
+        if draft_seconds is None:
             self._prices = [0.0] * (self._max + 1)
-            return self._max  # nothing is known: try it
+            return min(1, self._max)
         token = plain / (others + 1)  # the batch's seconds per token without drafts
         self._prices = [0.0]
         for k in range(1, self._max + 1):

@@ -28,7 +28,7 @@ class RequestSpeculation:
         """Whether it may draft in the next step."""
         return self._pause == 0
 
-    def choose(self, others: int, draft_seconds: float) -> int:
+    def choose(self, others: int, draft_seconds: float | None) -> int:
         """How many drafts to make now; see Adaptive."""
         if self._pause:
             self._pause -= 1
@@ -50,7 +50,8 @@ class RequestSpeculation:
 class Drafting(Protocol):
     """A draft model; see realm_jax.engine.draft."""
 
-    seconds: float  # of one draft token, measured
+    @property
+    def seconds(self) -> float | None: ...
 
     def propose(self, wanted: "list[tuple[Request, int]]") -> list[list[int]]: ...
 
