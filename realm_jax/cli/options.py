@@ -14,7 +14,22 @@ Model = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 ContextLength = Annotated[int | None, typer.Option(help="Tokens that prompt and answer may hold together.")]
-Backend = Annotated[str | None, typer.Option(help="Kernels to use: auto or xla.")]
+Backend = Annotated[str | None, typer.Option(help="Kernels to use: auto, native, xla or pallas.")]
+Adapter = Annotated[
+    str | None,
+    typer.Option(metavar="[NAME=]PATH", help="Answer with this LoRA adapter: a GGUF file or a PEFT folder."),
+]
+AdapterScale = Annotated[float | None, typer.Option(help="Times the adapter's own scale.")]
+Draft = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL|ngram", help="Speculate, with a smaller model of the same vocabulary or by look-up."),
+]
+Speculate = Annotated[int | None, typer.Option(metavar="K", help="Guess at most K tokens at a time; 0: none.")]
+Mesh = Annotated[str | None, typer.Option(help="Devices to spread over, such as tensor=4,data=2.")]
+JsonSchema = Annotated[
+    str | None, typer.Option(metavar="FILE|TEXT", help="The answer is JSON of this schema; true: any JSON.")
+]
+Grammar = Annotated[str | None, typer.Option(metavar="FILE", help="The answer follows this Lark grammar.")]
 
 MaxTokens = Annotated[int | None, typer.Option(help="Generate at most this many tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="0: always the most likely token; 1: as the model says.")]

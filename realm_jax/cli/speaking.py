@@ -53,30 +53,39 @@ def generate(
     logprobs: Annotated[
         int | None, typer.Option(help="Report this many likely tokens per position (with --json).")
     ] = None,
+    json_schema: options.JsonSchema = None,
+    grammar: options.Grammar = None,
+    adapter: options.Adapter = None,
+    adapter_scale: options.AdapterScale = None,
+    draft: options.Draft = None,
+    speculate: options.Speculate = None,
+    mesh: options.Mesh = None,
     context_length: options.ContextLength = None,
     backend: options.Backend = None,
     json: options.Json = False,
 ) -> None:
     """Continue a prompt, printing the text as it comes."""
     params = _sampling_params(locals())
+    names, asked = _adapter(adapter, adapter_scale, speculate)
     if not json and (params.n > 1 or params.logprobs is not None):
         raise InvalidRequestError("--n above 1 and --logprobs are reported with --json only")
     if not chat and (system is not None or template is not None):
         raise InvalidRequestError("--system and --template need --chat")
     text = _prompt(prompt, file)
     source = _template(template) if chat else None
-    with progress_bars() as bars, _loaded(model, bars, context_length=context_length, backend=backend) as llm:
+    loading = {"context_length": context_length, "backend": backend, "draft": draft, "mesh": mesh, "adapters": names}
+    with progress_bars() as bars, _loaded(model, bars, **loading) as llm:
         if chat:
             messages = [{"role": "system", "content": system}] if system is not None else []
             messages.append({"role": "user", "content": text})
             if json:
-                write_json(llm.chat(messages, params, template=source))
+                write_json(llm.chat(messages, params, template=source, **asked))
             else:
-                _write_stream(llm.chat(messages, params, stream=True, template=source), bars)
+                _write_stream(llm.chat(messages, params, stream=True, template=source, **asked), bars)
         elif json:
-            write_json(llm.generate(text, params))
+            write_json(llm.generate(text, params, **asked))
         else:
-            _write_stream(llm.stream(text, params), bars)
+            _write_stream(llm.stream(text, params, **asked), bars)
 
 
 def chat(
@@ -94,14 +103,23 @@ def chat(
     frequency_penalty: options.FrequencyPenalty = None,
     presence_penalty: options.PresencePenalty = None,
     stop: options.Stop = None,
+    json_schema: options.JsonSchema = None,
+    grammar: options.Grammar = None,
+    adapter: options.Adapter = None,
+    adapter_scale: options.AdapterScale = None,
+    draft: options.Draft = None,
+    speculate: options.Speculate = None,
+    mesh: options.Mesh = None,
     context_length: options.ContextLength = None,
     backend: options.Backend = None,
 ) -> None:
     """Talk with a model: a line is a turn; /clear forgets the conversation, /exit or Ctrl-D ends it."""
     params = _sampling_params(locals())
+    names, asked = _adapter(adapter, adapter_scale, speculate)
     opening = [{"role": "system", "content": system}] if system is not None else []
     source = _template(template)
-    with progress_bars() as bars, _loaded(model, bars, context_length=context_length, backend=backend) as llm:
+    loading = {"context_length": context_length, "backend": backend, "draft": draft, "mesh": mesh, "adapters": names}
+    with progress_bars() as bars, _loaded(model, bars, **loading) as llm:
         messages = list(opening)
         if sys.stdin.isatty():
             print(_COMMANDS, file=sys.stderr)
@@ -116,7 +134,7 @@ def chat(
                 continue
             messages.append({"role": "user", "content": line})
             try:
-                answer = _write_stream(llm.chat(messages, params, stream=True, template=source), bars)
+                answer = _write_stream(llm.chat(messages, params, stream=True, template=source, **asked), bars)
             except KeyboardInterrupt:  # ends this answer, not the conversation; the unfinished turn is forgotten
                 messages.pop()
                 write_text("\n")
@@ -134,9 +152,38 @@ def _sampling_params(arguments: dict[str, Any]) -> "SamplingParams":
     """The sampling options among a command's arguments; those left out keep SamplingParams' defaults."""
     from realm_jax.sampling_params import SamplingParams
 
+    for name in ("json_schema", "grammar"):
+        if arguments.get(name) is not None:
+            arguments[name] = _given_text(name, arguments[name])
     renamed = {"stop_token_ids": "stop_token_id"}  # given one at a time on the command line
     names = (field.name for field in dataclasses.fields(SamplingParams))
     return SamplingParams(**given(**{name: arguments.get(renamed.get(name, name)) for name in names}))
+
+
+def _given_text(name: str, value: str) -> Any:
+    """A grammar's file, or a schema: its text, or true, or a file."""
+    if name == "json_schema":
+        if value.strip() == "true":
+            return True
+        if value.lstrip().startswith("{"):
+            return value
+    return read_text(value)
+
+
+def _adapter(
+    adapter: str | None, scale: float | None, speculate: int | None
+) -> tuple[dict[str, str] | None, dict[str, Any]]:
+    """The adapter to load by name, and what each request asks for."""
+    if adapter is None:
+        if scale is not None:
+            raise InvalidRequestError("--adapter-scale needs --adapter")
+        return None, given(speculate=speculate)
+    name, equals, path = adapter.partition("=")
+    if not equals:
+        name, path = "adapter", adapter
+    if not name or not path:
+        raise InvalidRequestError(f"--adapter is {adapter!r}; accepted: NAME=PATH, or PATH")
+    return {name: path}, given(adapter=name, adapter_scale=scale, speculate=speculate)
 
 
 @contextmanager
@@ -175,13 +222,18 @@ def _prompt(prompt: str | None, file: str | None) -> str:
 def _write_stream(pieces: "Iterator[Piece]", bars: Bars | None) -> str:
     """Print pieces as they come and a line break after the last; returns the whole text."""
     text = ""
+    speculation = None
     with closing(pieces):  # type: ignore[type-var]  # an iterator of LLM's is a generator; closing it ends the request
         for piece in pieces:
             if bars is not None:
                 bars.hide()
             text += piece.text
             write_text(piece.text)
+            speculation = piece.speculation
     write_text("\n")
+    if speculation is not None and sys.stderr.isatty():
+        s = speculation
+        print(f"speculation: {s.accepted} of {s.drafted} drafts accepted in {s.rounds} rounds", file=sys.stderr)
     return text
 
 

@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -31,7 +32,7 @@ from realm_jax.engine.speculator import Speculator
 from realm_jax.engine.tenants import Tenant
 from realm_jax.errors import CapacityError, InvalidRequestError, RealmError
 from realm_jax.interrupt import interrupt_deferred
-from realm_jax.lora import AdapterStore
+from realm_jax.lora import AdapterStore, Resident
 from realm_jax.results import Piece
 from realm_jax.sampling import BAD_LOGITS, NO_TOKEN
 
@@ -75,9 +76,9 @@ class Batches(Protocol):
 class Flight:
     """A batch on its way.
 
-    rows: of the batch; at: where in what was drawn each begins. counted: the sampler has counted what was drawn.
-    began: when it was dispatched; timed: it is a step of decoding alone, and compiled nothing, so that its time tells
-    what such a step costs.
+    rows: of the batch; at: where in what was drawn each begins. counted: the sampler has counted what was drawn, and
+    the next step can take it from the device. began: when it was dispatched. timed: it is a step of decoding alone and
+    compiled nothing, so that its time tells what such a step costs.
     """
 
     rows: list[Row[Request]]
@@ -306,16 +307,23 @@ class HostLoop:
                 self._changed.notify_all()
         return done[0]
 
-    def placed(self, name: str, work: Callable[[Any], T]) -> T:
-        """work((stacks, slot)) with an adapter on the device; to be called while driving exclusively."""
+    @contextmanager
+    def held_adapter(self, name: str) -> Iterator[Resident]:
+        """An adapter, held meanwhile; others wait to load theirs."""
         adapters = self._loaded_adapters()
         with self._adapter_lock:
             handle = adapters.acquire(name)
             try:
-                [slot] = adapters.place([(handle, 1.0)])
-                return work((adapters.stacks, int(slot)))
+                yield handle
             finally:
                 adapters.release(handle)
+
+    def placed(self, name: str, work: Callable[[Any], T]) -> T:
+        """work((stacks, slot)) with an adapter on the device; to be called while driving exclusively."""
+        adapters = self._loaded_adapters()
+        with self.held_adapter(name) as handle:
+            [slot] = adapters.place([(handle, 1.0)])
+            return work((adapters.stacks, int(slot)))
 
     def check_adapter(self, name: str) -> None:
         """AdapterError when there is none of that name."""
@@ -341,6 +349,23 @@ class HostLoop:
         with self._adapter_lock:
             self._loaded_adapters().unload(name)
 
+    def swap_model(self, change: Callable[[], T]) -> T:
+        """change() while nothing runs or waits, and then nothing is cached any more: what was, was another model's.
+
+        Raises InvalidRequestError where something does: those requests would end with another model than they began.
+        """
+
+        def work(table: np.ndarray) -> T:
+            with self._changed:
+                if self._open:
+                    raise InvalidRequestError(f"{self._open} requests run or wait; accepted: none during a merge")
+            done = change()
+            self._flight = None
+            self.scheduler.cache.forget()
+            return done
+
+        return self.exclusively(1, work)
+
     def publish_prefix(self, tokens: np.ndarray, adapter: str | None = None) -> int:
         """Lets all tenants share the cached pages of a prefix, int32 [T]; returns how many tokens its full pages hold.
 
@@ -348,11 +373,8 @@ class HostLoop:
         """
         content = b""
         if adapter is not None:
-            with self._adapter_lock:
-                adapters = self._loaded_adapters()
-                handle = adapters.acquire(adapter)
+            with self.held_adapter(adapter) as handle:
                 content = handle.cache_key()
-                adapters.release(handle)
         cache, size = self.scheduler.cache, self.scheduler.page_size
         keys = chain(first_key(content), tokens, size, cache.public_salt)
         with self._changed:
@@ -458,7 +480,9 @@ class HostLoop:
         """Dispatches a batch and reads the one before it. What fails ends the requests that run, not the loop."""
         try:
             self._expire()
-            if any(request.read_first for request in self.scheduler.running):
+            if self._flight is not None and (
+                not self._flight.counted or any(request.read_first for request in self.scheduler.running)
+            ):
                 self._land()
             if not self._exclusive:
                 for request in self.scheduler.admit():
@@ -558,16 +582,17 @@ class HostLoop:
             results = drawn[at : at + 1 + len(row.drafts)]
             good = accepted(row.drafts, [token for token, _ in results])
             before = request.length
+            if row.drafts and request.speculation is not None:
+                self._drafted += len(row.drafts)
+                self._accepted += good
+                if request.slot is not None:
+                    request.cached = row.stop + good
+                request.speculation.observe(len(row.drafts), good)
             for token, logprob in results[: good + 1]:
                 self._accept(request, token, logprob)
                 if request.done:
                     break
             taken = request.length - before
-            if row.drafts and request.speculation is not None:
-                self._drafted += len(row.drafts)
-                self._accepted += good
-                request.cached = row.stop + good
-                request.speculation.observe(len(row.drafts), good)
             if not flight.counted and request.slot is not None:
                 counts += [(request.slot, int(token)) for token in request.tokens[before : request.length]]
             self.scheduler.generated(request, taken)

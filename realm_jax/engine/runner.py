@@ -59,6 +59,11 @@ class Runner:
         """Programs compiled so far."""
         return len(self._programs)
 
+    def swap(self, model: Model) -> None:
+        """Runs another model of the same config from now on; nothing of the old one's cache may be used."""
+        self.model = model
+        self._programs.clear()
+
     def reset(self) -> None:
         """Forgets the pool, which a failed call may have taken with it: what was cached is lost."""
         self._pool = None
