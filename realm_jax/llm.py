@@ -41,6 +41,7 @@ class LLM:
         mesh: str | None = None,
         draft: str | Path | None = None,
         adapters: Mapping[str, str | Path] | None = None,
+        cache_bytes: int | None = None,
         progress: Progress | None = None,
         **options: Any,
     ):
@@ -56,6 +57,8 @@ class LLM:
           draft: "ngram" or a model with the same vocabulary, named as `model` is: requests then speculate unless they
             say otherwise, which changes how fast their tokens come and not which.
           adapters: LoRA adapters by name: GGUF files or PEFT folders, see `load_adapter`.
+          cache_bytes: of the key/value cache, from one sequence of the whole context to max_batch of them; None: by the
+            memory that is free, on a CPU at most 512 MiB.
           progress: called as progress(what, bytes done, bytes in all or 0) while the model is fetched and loaded, and
             before a program is compiled.
 
@@ -67,7 +70,7 @@ class LLM:
           ModelNotFoundError, DownloadError: there is no such model, or it could not be fetched.
           GGUFError, UnsupportedModelError, TokenizerError: the file is damaged, or holds what is not supported.
         """
-        refuse_options(options, "context_length, max_batch, backend, mesh, draft, adapters, progress")
+        refuse_options(options, "context_length, max_batch, backend, mesh, draft, adapters, cache_bytes, progress")
         self._core = Core(
             model,
             context_length=context_length,
@@ -76,6 +79,7 @@ class LLM:
             mesh=mesh,
             draft=draft,
             adapters=adapters,
+            cache_bytes=cache_bytes,
             progress=progress,
         )
         self.path = self._core.path

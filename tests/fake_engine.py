@@ -13,12 +13,79 @@ import numpy as np
 
 from realm_jax.engine.buckets import Buckets
 from realm_jax.engine.request import Request
+from realm_jax.errors import AdapterError
 from realm_jax.sampling_params import SamplingParams
 
 VOCAB = 300
 BOS, EOS, SPECIAL = 256, 257, 258
 PAGE, CHUNK = 4, 16
 EMPTY = -9
+
+
+ADAPTED = 1000  # times an adapter's content, added to the tokens it touches, as it would change keys and values
+
+
+class FakeAdapters:
+    """Stands in for lora.AdapterStore: an adapter's content is a number. `stacks` are the contents of the slots."""
+
+    def __init__(self, slots=4):
+        self.named, self.unnamed, self.slots = {}, set(), [0] * slots
+
+    @property
+    def names(self):
+        return sorted(self.named)
+
+    @property
+    def stacks(self):
+        return {"slots": np.array(self.slots)}
+
+    def read(self, path):
+        return path
+
+    def add(self, name, content, scale):
+        self._drop(name)
+        self.named[name] = FakeResident(content)
+
+    def unload(self, name):
+        self.get(name)
+        self._drop(name)
+
+    def get(self, name):
+        if name not in self.named:
+            raise AdapterError(f"there is no adapter {name!r}")
+        return self.named[name]
+
+    def acquire(self, name):
+        resident = self.get(name)
+        resident.holders += 1
+        return resident
+
+    def release(self, resident):
+        resident.holders -= 1
+        assert resident.holders >= 0
+        if not resident.holders:
+            self.unnamed.discard(resident)
+
+    def place(self, rows):
+        wanted = {row[0].content for row in rows if row is not None}
+        assert len(wanted) <= len(self.slots)
+        for content in wanted - set(self.slots):
+            free = next(i for i, held in enumerate(self.slots) if held not in wanted)
+            self.slots[free] = content
+        return np.array([-1 if row is None else self.slots.index(row[0].content) for row in rows], np.int32)
+
+    def _drop(self, name):
+        old = self.named.pop(name, None)
+        if old is not None and old.holders:
+            self.unnamed.add(old)
+
+
+class FakeResident:
+    def __init__(self, content):
+        self.content, self.holders = content, 0
+
+    def cache_key(self, scale=1.0):
+        return f"{self.content}/{scale}".encode()
 
 
 def fake_logits(tokens) -> np.ndarray:
@@ -70,16 +137,22 @@ class FakeRunner:
                 if at >= 0:
                     assert len(row) == 1
                     row[0] = np.asarray(last_tokens)[at]
-        for row, start, table in zip(tokens, starts, tables):
+        contents = [0 if slot < 0 else stacks["slots"][slot] for slot in slots_of(slots, tokens)]
+        for row, start, table, content in zip(tokens, starts, tables, contents):
             assert 1 <= len(row) <= self.chunk
+            row += ADAPTED * content
             for i, token in enumerate(row):
                 at = start + i
                 self.pool[table[at // PAGE], at % PAGE] = token
         out = np.full((self.buckets.row_bucket(len(tokens)), VOCAB), np.nan, np.float32)  # padding must not matter
         for i, (row, start, table) in enumerate(zip(tokens, starts, tables)):
             known = self.sequence(table, start + len(row))
-            out[i] = self.overrides.get(known.tobytes(), fake_logits(known))
+            out[i] = self.overrides.get(known.astype(np.int32).tobytes(), fake_logits(known))
         return jnp.asarray(out)
+
+
+def slots_of(slots, tokens):
+    return [-1] * len(tokens) if slots is None else slots
 
 
 class FakeTokenizer:
@@ -108,9 +181,9 @@ def make_request(prompt, context_length=64, seed=0, max_tokens=20, options=None,
     )
 
 
-def expected_greedy(prompt: bytes, count: int) -> list[int]:
-    """What greedy decoding gives, computed without an engine."""
+def expected_greedy(prompt: bytes, count: int, content: int = 0) -> list[int]:
+    """What greedy decoding gives, with an adapter of some content, computed without an engine."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(int(fake_logits(tokens).argmax()))
+        tokens.append(int(fake_logits(np.array(tokens) + ADAPTED * content).argmax()))
     return tokens[len(prompt) :]

@@ -7,13 +7,14 @@ import time
 
 import numpy as np
 import pytest
-from fake_engine import CHUNK, EOS, VOCAB, FakeRunner, expected_greedy, fake_logits, make_request
+from fake_engine import CHUNK, EOS, VOCAB, FakeAdapters, FakeRunner, expected_greedy, fake_logits, make_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from realm_jax import sampling
 from realm_jax.engine.loop import HostLoop
 from realm_jax.engine.request import collect
+from realm_jax.engine.tenants import Tenant
 from realm_jax.errors import CapacityError, InvalidRequestError, RealmError
 from realm_jax.results import Piece
 
@@ -153,44 +154,83 @@ def test_decoding_never_waits_for_a_prompt(loop, runner):
     assert [collect(loop.pieces(other)).finish_reason for other in others] == ["length"] * 3
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.data())
-def test_random_operations_keep_tokens_and_books(data):
-    """Submitting, streaming, cancelling and exclusive work in any order: tokens as if alone, and nothing leaks."""
-    loop = HostLoop(FakeRunner(max_batch=data.draw(st.integers(1, 4)), num_pages=data.draw(st.integers(16, 40))))
+ACTIONS = ["submit", "submit", "submit", "read", "read", "cancel", "finish", "exclusive", "load", "unload", "expire"]
+
+
+def random_operations(data):
+    """Submitting, streaming, cancelling, deadlines, adapters that come and go, exclusive work, tenants that preempt
+    each other, too few pages: tokens as if alone, and nothing leaks."""
+    adapters = FakeAdapters()
+    tenants = [Tenant("a", weight=2.0), Tenant("b", max_pages=17), Tenant("c", min_pages=1)]
+    runner = FakeRunner(max_batch=data.draw(st.integers(1, 4)), num_pages=data.draw(st.integers(17, 40)))
+    loop = HostLoop(runner, tenants=tenants, adapters=adapters)
     streams = []
 
     def finish(entry):
         request, stream, expected, seen = entry
         seen += [token for piece in stream for token in piece.tokens]
         assert seen == expected[: len(seen)]
-        assert request.finish_reason == "cancelled" or seen == expected
+        assert request.finish_reason in ("cancelled", "deadline") or seen == expected
 
-    for _ in range(data.draw(st.integers(1, 25))):
-        action = data.draw(st.sampled_from(["submit", "submit", "read", "cancel", "finish", "exclusive"]))
+    for _ in range(data.draw(st.integers(1, 30))):
+        action = data.draw(st.sampled_from(ACTIONS))
         if action == "submit":
-            text, count = (
-                prompt(data.draw(st.integers(0, 99)), data.draw(st.integers(1, 40))),
-                data.draw(st.integers(1, 20)),
-            )
-            request = make_request(text, max_tokens=count)
+            text = prompt(data.draw(st.integers(0, 3)), data.draw(st.integers(1, 40)))
+            count = data.draw(st.integers(1, 20))
+            name = data.draw(st.sampled_from([None, *adapters.names]))
+            options = {
+                "tenant": data.draw(st.sampled_from("abc")),
+                "priority": data.draw(st.integers(0, 1)),
+                "cache": data.draw(st.booleans()),
+                "adapter": name,
+                "deadline": data.draw(st.sampled_from([None, None, None, 1e-6])),
+            }
+            content = 0 if name is None else adapters.get(name).content
+            request = make_request(text, max_tokens=count, options=options)
             loop.submit([request])
-            streams.append((request, loop.pieces(request), expected_greedy(text, count), []))
+            streams.append((request, loop.pieces(request), expected_greedy(text, count, content), []))
         elif action == "exclusive":
             assert loop.exclusively(data.draw(st.integers(1, 64)), lambda table: "done") == "done"
-        elif streams:
+        elif action == "load":
+            loop.load_adapter(data.draw(st.sampled_from("xyz")), data.draw(st.integers(1, 9)))
+        elif action == "unload" and adapters.names:
+            loop.unload_adapter(data.draw(st.sampled_from(adapters.names)))
+        elif streams and action in ("read", "cancel", "finish", "expire"):
             at = data.draw(st.integers(0, len(streams) - 1))
             if action == "read":
                 streams[at][3].extend(next(streams[at][1], Piece("", [])).tokens)
             elif action == "cancel":
                 loop.cancel([streams[at][0]])
+            elif action == "expire" and streams[at][0].expires is not None:
+                streams[at][0].expires = 0.0
             else:
                 finish(streams.pop(at))
     for entry in streams:
         finish(entry)
     assert loop.scheduler.available == loop.scheduler.pages.total
+    loop.scheduler.cache.forget()
+    assert loop.scheduler.pages.free == loop.scheduler.pages.total
+    assert sorted(loop.scheduler._free_slots) == list(range(runner.max_batch))
     assert not loop.scheduler.running
     assert not loop.scheduler.waiting
+    assert not loop.scheduler._arrived
+    assert all(account.open == 0 for account in loop.scheduler.accounts.values())
+    assert loop._open == 0
+    assert not adapters.unnamed
+    assert all(resident.holders == 0 for resident in adapters.named.values())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_random_operations_keep_tokens_and_books(data):
+    random_operations(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=700, deadline=None)
+@given(st.data())
+def test_ten_thousand_random_operations(data):
+    random_operations(data)
 
 
 def test_streaming_gives_a_piece_per_step_and_the_host_is_one_step_behind(loop, runner):

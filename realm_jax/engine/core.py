@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from realm_jax.arguments import brief, check_context_length, check_token_ids
+from realm_jax.engine.draft import DraftModel
 from realm_jax.engine.ledger import Ledger
 from realm_jax.engine.loop import HostLoop
 from realm_jax.engine.request import Request, choice_seed
-from realm_jax.engine.runner import Runner
+from realm_jax.engine.runner import Runner, page_bytes
 from realm_jax.engine.sampler import DrawRow, Sampler
 from realm_jax.engine.speculation import DEFAULT_DRAFTS
 from realm_jax.engine.speculator import Speculator
@@ -21,15 +22,15 @@ from realm_jax.errors import ChatTemplateError, InvalidRequestError
 from realm_jax.gguf import open_gguf
 from realm_jax.interrupt import interrupt_deferred
 from realm_jax.lora import AdapterStore, MergeReport, merge
-from realm_jax.model import check_model, load_model
+from realm_jax.model import Model, check_model, load_model
 from realm_jax.model.backend import resolve_backend
+from realm_jax.model.capacity import cache_budget
 from realm_jax.registry import resolve
 from realm_jax.sampling import MAX_DRAFTS
 from realm_jax.sampling_params import SamplingParams, shown
 from realm_jax.text import ChatTemplate, load_chat_template, load_tokenizer
 
 if TYPE_CHECKING:
-    from realm_jax.engine.draft import DraftModel
     from realm_jax.structured import GrammarTokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -58,6 +59,7 @@ class Core:
         draft: str | Path | None = None,
         adapters: Mapping[str, str | Path] | None = None,
         tenants: Iterable[Tenant] = (),
+        cache_bytes: int | None = None,
         queue_limit: int | None = None,
         ledger: str | Path | None = None,
         progress: Progress | None = None,
@@ -68,6 +70,8 @@ class Core:
         max_batch = _integer("max_batch", max_batch, 1, MAX_BATCH)
         if queue_limit is not None:
             queue_limit = _integer("queue_limit", queue_limit, 0, MAX_QUEUE)
+        if cache_bytes is not None:
+            cache_bytes = _integer("cache_bytes", cache_bytes, 1, 1 << 60)
         check_context_length(context_length)
         _check_adapters(adapters)
         if draft is not None and (not isinstance(draft, (str, Path)) or not str(draft)):
@@ -93,13 +97,20 @@ class Core:
         store = AdapterStore(loaded, device_slots=max_batch)
         for name, path in (adapters or {}).items():
             store.load(name, path)
-        runner = self._make_runner(Runner(loaded, max_batch=max_batch))
-        self.runner: Runner | None = runner
         self._drafts = draft is not None
-        drafting = None
+        small = None
         if draft is not None and str(draft) != "ngram":
-            drafting = self._load_draft(draft, max_batch, kernels, progress)
-        self.speculator = Speculator(runner.buckets.row_bucket, runner.buckets.all_rows[-1], drafting)
+            small = self._load_draft(draft, kernels, progress)
+        budget = cache_budget() if cache_bytes is None else cache_bytes
+        if small is not None:  # pages of both, as many of each
+            budget = budget * page_bytes(loaded) // (page_bytes(loaded) + page_bytes(small))
+        runner = self._make_runner(loaded, max_batch, budget)
+        self.runner: Runner | None = runner
+        self._draft = None
+        if small is not None:
+            their_runner = self._make_runner(small, max_batch, runner.num_pages * page_bytes(small), "the draft model ")
+            self._draft = DraftModel(small, their_runner, vocab_size=self.config.vocab_size)
+        self.speculator = Speculator(runner.buckets.row_bucket, runner.buckets.all_rows[-1], self._draft)
         self.loop = HostLoop(
             runner,
             tenants=tenants,
@@ -199,39 +210,38 @@ class Core:
 
     def _warm_up(self, runner: Runner) -> None:
         runner.warm_up(self.loop.adapter_stacks(), verify=self._drafts)
+        if self._draft is not None:
+            self._draft.warm_up()
         sampler = Sampler(runner.max_batch, runner.vocab_size)
+        anybody = next(iter(self.loop.scheduler.accounts))
         kinds = [
-            SamplingParams(),
-            SamplingParams(temperature=1.0),
-            SamplingParams(temperature=1.0, top_p=0.9),
-            SamplingParams(temperature=1.0, presence_penalty=1.0, logprobs=1),
+            SamplingParams(max_tokens=1),
+            SamplingParams(max_tokens=1, temperature=1.0),
+            SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9),
+            SamplingParams(max_tokens=1, temperature=1.0, presence_penalty=1.0, logprobs=1),
         ]
         for params in kinds:
-            [request] = self.requests(np.zeros(1, np.int32), params, speculate=False)
+            [request] = self.requests(np.zeros(1, np.int32), params, tenant=anybody, speculate=False)
             request.slot = 0
             sampler.bind(request)
             for rows in runner.buckets.all_rows if self._drafts else runner.buckets.rows:
                 logits = np.zeros((rows, runner.vocab_size), np.float32)
                 sampler.dispatch(_on_device(logits), [DrawRow(request, 1)], count=True).collect()
 
-    def _make_runner(self, runner: Runner, what: str = "") -> Runner:
+    def _make_runner(self, model: Model, max_batch: int, cache_bytes: int, what: str = "") -> Runner:
+        runner = Runner(model, max_batch=max_batch, cache_bytes=cache_bytes)
         if self._progress is not None:
             progress = self._progress
             runner.on_compile = lambda shape: progress(f"compiling {what}for {shape}", 0, 0)
         return runner
 
-    def _load_draft(self, draft: str | Path, max_batch: int, backend: str, progress: Progress | None) -> "DraftModel":
-        from realm_jax.engine.draft import DraftModel
-
+    def _load_draft(self, draft: str | Path, backend: str, progress: Progress | None) -> Model:
         with open_gguf(resolve(draft, progress)) as file:
             with interrupt_deferred():
                 config, _ = check_model(file, None)
-                tokenizer = load_tokenizer(file)
-            DraftModel.check_vocabulary(self.tokenizer, tokenizer)
+                DraftModel.check_vocabulary(self.tokenizer, load_tokenizer(file))
             length = min(self.context_length, config.trained_context or self.context_length)
-            model = load_model(file, length, progress, backend=backend)
-        runner = self._make_runner(Runner(model, max_batch=max_batch), "the draft model ")
-        return DraftModel(model, runner, vocab_size=self.config.vocab_size)
+            return load_model(file, length, progress, backend=backend)
 
     def _max_drafts(self, speculate: bool | int | None) -> int:
         if speculate is None:

@@ -181,6 +181,7 @@ class Engine:
         mesh: str | None = None,
         draft: str | Path | None = None,
         adapters: Mapping[str, str | Path] | None = None,
+        cache_bytes: int | None = None,
         queue_limit: int | None = 4096,
         ledger: str | Path | None = None,
         progress: Progress | None = None,
@@ -188,7 +189,7 @@ class Engine:
         """Loads a model.
 
         Args:
-          model, context_length, max_batch, backend, mesh, draft, adapters, progress: see realm_jax.LLM.
+          model, context_length, max_batch, backend, mesh, draft, adapters, cache_bytes, progress: see realm_jax.LLM.
           tenants: who may submit; None: one tenant, "default", without bounds.
           queue_limit: most requests that may wait; None: no bound.
           ledger: a file, made if need be, that keeps what each tenant has used; None: counted in memory.
@@ -206,6 +207,7 @@ class Engine:
             mesh=mesh,
             draft=draft,
             adapters=adapters,
+            cache_bytes=cache_bytes,
             tenants=known,
             queue_limit=queue_limit,
             ledger=ledger,

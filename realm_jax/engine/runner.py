@@ -15,12 +15,12 @@ from realm_jax.engine.compile_cache import enable_compile_cache
 from realm_jax.errors import CapacityError
 from realm_jax.model.adapters import RowAdapters, Stack
 from realm_jax.model.attention import CacheView
+from realm_jax.model.capacity import cache_budget
 from realm_jax.model.decoder import forward, logits
 from realm_jax.model.params import Model, Params
 
 Wanted = Literal["last", "all", "hidden"]
 OneAdapter = tuple[dict[str, Stack], int] | None  # stacks and a slot
-POOL_BYTES = 512 << 20  # of cached rows, or one whole context where that is more; zeroing more delays the first token
 
 
 class Runner:
@@ -30,12 +30,14 @@ class Runner:
     own sequence and how it is cut: not on the batch around it.
     """
 
-    def __init__(self, model: Model, *, max_batch: int = 8):
+    def __init__(self, model: Model, *, max_batch: int = 8, cache_bytes: int | None = None):
         """Allocates nothing on the device until the first step.
 
         Args:
             model: the model; the kernels are of the backend it was loaded for.
             max_batch: most sequences in one call.
+            cache_bytes: of the page pool; None: by the memory that is free. It holds one sequence of the whole context
+                at least, and max_batch of them at most.
         """
         self.model = model
         self.max_batch = max_batch
@@ -45,8 +47,8 @@ class Runner:
         blocks = -(-model.config.context_length // BLOCK_SIZE)
         self.max_pages_per_slot = blocks * BLOCK_PAGES
         self.row_dtype = row_dtype(model.backend)
-        page_bytes = model.config.cache_values_per_token * self.row_dtype.itemsize * PAGE_SIZE
-        affordable = max(self.max_pages_per_slot, POOL_BYTES // page_bytes)
+        budget = cache_budget() if cache_bytes is None else cache_bytes
+        affordable = max(self.max_pages_per_slot, budget // page_bytes(model))
         self.num_pages = min(self.max_pages_per_slot * max_batch, affordable)
         self.vocab_size = model.config.vocab_size
         self._pool: KVPages | None = None
@@ -208,6 +210,11 @@ class Runner:
             run = partial(_run_batch, config=m.config, plan=m.plan, backend=m.backend, wanted=wanted)
             self._programs[key] = jax.jit(run, donate_argnums=1).lower(*args).compile()
         return self._programs[key]
+
+
+def page_bytes(model: Model) -> int:
+    """Of one page of a model's pool."""
+    return model.config.cache_values_per_token * row_dtype(model.backend).itemsize * PAGE_SIZE
 
 
 @contextmanager
