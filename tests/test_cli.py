@@ -13,8 +13,12 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+from random_adapters import random_adapter
 
 from realm_jax.cli.app import run
+from realm_jax.lora import weight_shapes
+from realm_jax.lora.gguf_format import write_gguf
+from realm_jax.model import load_model
 from realm_jax.results import Result
 
 REALM = [sys.executable, "-m", "realm_jax.cli"]
@@ -435,3 +439,23 @@ def test_bench_reports_every_figure(realm: Realm, tiny: Path, monkeypatch: pytes
     assert rates <= set(figures)
     assert all(figures[rate] > 0 for rate in rates)
     assert 0 < figures["resident_bytes"] <= 1.25 * figures["file_bytes"] + 4096
+
+
+def test_adapters_drafts_and_grammars_end_to_end(realm: Realm, tiny: Path, tmp_path: Path) -> None:
+    """What `realm generate` prints with each is what Python gives."""
+    shapes = weight_shapes(load_model(tiny))
+    write_gguf(random_adapter(shapes, 4), tmp_path / "adapter.gguf", 8.0)
+    options = ["-p", "the cat", "--max-tokens", "12", "--ignore-eos", "--json"]
+
+    def answer(*more: str) -> dict:
+        return json.loads(realm("generate", tiny, *options, *more).out)
+
+    plain = answer()
+    drafted = answer("--draft", str(tiny), "--speculate", "3")
+    assert drafted["tokens"] == plain["tokens"]
+    assert set(drafted["speculation"]) == {"rounds", "drafted", "accepted", "acceptance"}
+    adapted = answer("--adapter", f"mine={tmp_path / 'adapter.gguf'}", "--draft", "ngram")
+    assert adapted["tokens"] != plain["tokens"]
+    assert answer("--adapter", str(tmp_path / "adapter.gguf"), "--adapter-scale", "0")["tokens"] == plain["tokens"]
+    schema = '{"enum": ["yes", "no"]}'
+    assert answer("--json-schema", schema)["text"] in ('"yes"', '"no"')

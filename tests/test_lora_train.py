@@ -26,6 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 EXAMPLES = [Example((5, 9, 70 + i, 33, 101, 120 + i), 3) for i in range(4)]
 
 
+@pytest.mark.slow
 def test_training_teaches_the_answers(model: Model, tmp_path: Path) -> None:
     seen: list[tuple[int, float]] = []
     roles = ("attn_q.weight", "attn_v.weight", "ffn_down.weight")

@@ -16,6 +16,7 @@ from realm_jax.model.backend import resolve_backend
 
 # Plain, experts, windows with soft-caps, sinks, latent attention.
 CASES = ["llama", "llama-moe", "gemma2", "gpt-oss", "deepseek2"]
+SOME = [*CASES[:2], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[2:])]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def tables(runner: Runner, rows: int, pages: int = 4, order: np.ndarray | None =
     return out
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SOME)
 def test_chunks_and_single_steps_agree_with_one_pass(models: dict, case: str) -> None:
     runner = Runner(models[case], max_batch=1)
     ids, table = tokens(200), tables(runner, 1)
@@ -49,7 +50,7 @@ def test_chunks_and_single_steps_agree_with_one_pass(models: dict, case: str) ->
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SOME)
 def test_a_row_does_not_depend_on_the_batch_or_on_its_pages(models: dict, case: str) -> None:
     runner = Runner(models[case], max_batch=4)
     shuffled = np.random.default_rng(1).permutation(runner.num_pages)

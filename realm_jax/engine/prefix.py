@@ -95,7 +95,8 @@ class PrefixCache:
     def evict(self, count: int, tenant: str | None, own_only: bool = False) -> int:
         """Gives up to `count` pages back that nobody else holds, for a tenant's sake; returns how many.
 
-        Other tenants keep their floors; with `own_only` they keep everything.
+        Other tenants keep their floors; with `own_only` they keep everything. For None, the operator's sake, nobody
+        keeps anything.
         """
         freed = 0
         for key, entry in list(self._entries.items()):
@@ -103,7 +104,7 @@ class PrefixCache:
                 break
             if self._pages.holders(entry.page) != 1:
                 continue
-            if entry.owner != tenant:
+            if tenant is not None and entry.owner != tenant:
                 floor = self.floors.get(entry.owner, 0) if entry.owner is not None else 0
                 if own_only or len(self.owned(entry.owner)) <= floor:
                     continue
