@@ -92,7 +92,7 @@ KINDS = [
 def test_the_same_tokens_and_logprobs_with_and_without(k, chance):
     plain, _, _ = make_loop()
     expected = run(plain, [request(i, 0, max_tokens=12 + i, **kind) for i, kind in enumerate(KINDS)])
-    loop, runner, guesses = make_loop(chance)
+    loop, _, guesses = make_loop(chance)
     found = run(loop, [request(i, k, max_tokens=12 + i, **kind) for i, kind in enumerate(KINDS)])
     for one, other in zip(expected, found):
         assert (one.tokens, one.text, one.finish_reason) == (other.tokens, other.text, other.finish_reason)

@@ -1,6 +1,6 @@
 """An engine under mixed traffic for a long time: memory stays flat and the books balance.
 
-    scripts/test -m slow tests/test_soak.py        REALM_SOAK_MINUTES says how long; 60 by default
+scripts/test -m slow tests/test_soak.py        REALM_SOAK_MINUTES says how long; 60 by default
 """
 
 import asyncio

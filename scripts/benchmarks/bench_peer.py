@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in names:
             label = "" if len(names) == 1 else f"{name or 'default'}: "
             try:
-                with _file(name, arguments.layers, arguments.files) as path:
+                with model_file(name, arguments.layers, arguments.files) as path:
                     facts[name or "default"] = {"file": path.name}
                     found, more = _compare(path, arguments.threads, plan, meter, label)
                     rows += found
@@ -126,7 +126,7 @@ def _sweep(types: str | None) -> list[str]:
 
 
 @contextmanager
-def _file(name: str | None, layers: int | None, folder: Path | None) -> Iterator[Path]:
+def model_file(name: str | None, layers: int | None, folder: Path | None) -> Iterator[Path]:
     """The file of a model's name; a shaped one is written, and removed again unless a folder keeps it."""
     from .model_files import write_model
     from .shapes import ALL_TYPES, MIXTURES, SHAPES, with_layers

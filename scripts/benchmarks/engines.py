@@ -27,12 +27,12 @@ class EngineError(Exception):
 class Engine:
     """One engine in a process of its own. A context manager that ends it."""
 
-    def __init__(self, name: str, module: str, *arguments: str, threads: int):
+    def __init__(self, name: str, module: str, *arguments: str, threads: int, python: str = sys.executable):
         """Starts it; `loaded` waits for the model. The process may run on the first `threads` processors only."""
         self.name = name
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"benchmarks.{module}", *arguments, "--threads", str(threads)],
+            [python, "-m", f"benchmarks.{module}", *arguments, "--threads", str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -56,6 +56,50 @@ class LlamaCpp:
             self._append(self._short, [(i, PROMPT + step, drawn[i][step : step + 1]) for i in range(batch)])
         return {"seconds": time.perf_counter() - begun}
 
+    def trace(self, requests: list[tuple[list[int], int]]) -> dict[str, Any]:
+        """Seconds of requests (token ids, how many to generate) that all come at once, greedy, over eight slots.
+
+        Batched as llama.cpp's server does: a token of every slot that decodes, then as much of the prompts as fits.
+        """
+        import numpy as np
+
+        self._clear(self._short)
+        memory = self._lib.llama_get_memory(self._short)
+        waiting = list(reversed(requests))
+        slots: list[dict[str, Any] | None] = [None] * SEQUENCES
+        begun = time.perf_counter()
+        while waiting or any(slots):
+            rows: list[tuple[int, int, list[int]]] = []
+            room = BATCH
+            for i, slot in enumerate(slots):
+                if slot is None and waiting:
+                    prompt, count = waiting.pop()
+                    slots[i] = {"next": list(prompt), "at": 0, "left": count}
+            # Those with one token to go first: that they are decoding is all there is to see of it.
+            order = sorted((len(slot["next"]) > 1, i) for i, slot in enumerate(slots) if slot is not None)
+            for _, i in order:
+                slot = slots[i]
+                assert slot is not None
+                if part := slot["next"][:room]:
+                    rows.append((i, slot["at"], part))
+                    room -= len(part)
+            self._append(self._short, rows)
+            last = -1
+            for i, position, part in rows:
+                slot = slots[i]
+                assert slot is not None
+                last += len(part)
+                slot["at"], slot["next"] = position + len(part), slot["next"][len(part) :]
+                if slot["next"]:
+                    continue
+                logits = self._lib.llama_get_logits_ith(self._short, last)
+                slot["next"] = [int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())]
+                slot["left"] -= 1
+                if not slot["left"]:
+                    self._lib.llama_memory_seq_rm(memory, i, -1, -1)
+                    slots[i] = None
+        return {"seconds": time.perf_counter() - begun}
+
     def open_context(self, tokens: int, room: int) -> dict[str, Any]:
         self.close_context()
         self._long = self._context((tokens + room + 255) // 256 * 256, 1)
