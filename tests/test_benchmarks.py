@@ -202,7 +202,7 @@ def test_options_that_are_refused(
     assert refusal(main, capsys, *arguments).startswith(f"error: {said}")
 
 
-@pytest.mark.parametrize("name", ["bench_peer", "bench_kernels", "gpu_check"])
+@pytest.mark.parametrize("name", ["bench_peer", "bench_kernels", "bench_serving", "gpu_check"])
 def test_the_commands_start_anywhere(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / name), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
