@@ -19,7 +19,7 @@ sys.path.append(str(ROOT / "tests"))
 from random_adapters import random_adapter  # of tests/, put on the path above
 
 BATCH, ADAPTERS, RANK, ALPHA = 8, 4, 16, 16.0
-PROMPT, STEPS = 16, 64  # tokens of each request, and of its output
+PROMPT, STEPS = 16, 128  # tokens of each request, and of its output
 UNUSED = 0.97  # of the throughput without adapters, at least: nothing, but for the machine's noise
 SMALL_BAR, BAR = 0.7, 0.8  # with adapters, of the throughput without: of the small model, where they weigh more
 
@@ -54,7 +54,7 @@ def _in_a_layer(place: tuple[str, int | None]) -> bool:
 
 
 def _measure(plan: Plan, label: str, serving: Serving, files: list[Path], bar: float) -> Iterator[Row]:
-    steps = STEPS // 2 if plan.quick else STEPS
+    steps = STEPS // 4 if plan.quick else STEPS
     prompts = [serving.random_tokens(PROMPT, i) for i in range(BATCH)]
     names = [f"adapter {i}" for i in range(ADAPTERS)]
     plain = [Request(prompt, ignoring_eos(steps), cache=False) for prompt in prompts]

@@ -92,9 +92,18 @@ def _measure(plan: Plan, label: str, serving: Serving, peers: list[Engine]) -> I
         f"{label}over prompts / prefill rate + output / decode rate",
         median(total) / expected,
         OVERHEAD,
-        rate=f"{prompt_tokens} / {rates[0]:.0f} + {output_tokens} / {rates[1]:.0f} = {expected:.1f} s",
+        rate=f"{prompt_tokens} / {rates[0]:.0f} + {output_tokens} / {rates[1]:.0f} = {expected:.1f} s; "
+        f"prompts are padded to {_padded(serving, lengths)} tokens",
     )
     yield none_of(f"{label}greedy answers that are not as if alone", differing(batched, alone), len(requests))
+
+
+def _padded(serving: Serving, lengths: list[tuple[int, int]]) -> int:
+    """Tokens that the prompts' chunks are padded to."""
+    runner = serving.core.runner
+    rest = [prompt % runner.chunk for prompt, _ in lengths]
+    whole = sum(prompt for prompt, _ in lengths) - sum(rest)
+    return whole + sum(runner.buckets.token_bucket(n) for n in rest if n)
 
 
 def _prefill_rate(serving: Serving) -> float:
