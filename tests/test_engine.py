@@ -1,7 +1,6 @@
 """The Engine on a tiny model: tenants side by side, events, quotas, faults that stay with the request that has them."""
 
 import asyncio
-import gc
 import sqlite3
 import subprocess
 import sys
@@ -303,7 +302,6 @@ def test_cancel_deadline_and_leaving(engine):
             assert event.tokens == first.tokens
             break
         del left
-        gc.collect()
 
         task = asyncio.create_task(collect(engine.submit(Request("the cat", endless, "acme"))))
         await asyncio.sleep(0.02)

@@ -5,7 +5,8 @@ import math
 import numbers
 import secrets
 import threading
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -101,7 +102,7 @@ class Stream:
         self._wake = asyncio.Event()
         self._ended = False
         self._home = asyncio.get_running_loop()
-        request.notify = self._notify
+        request.notify = _notifier(engine, request_id, weakref.ref(self), self._home)
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
@@ -135,14 +136,9 @@ class Stream:
         if not self._ended and not self._request.done:
             self._engine.cancel(self.request_id)
 
-    def _notify(self) -> None:
-        """Called by the thread that drives."""
-        if self._request.done:
-            self._engine.forget(self.request_id)
-        if not self._home.is_closed():
-            self._home.call_soon_threadsafe(self._wake.set)
-        elif not self._request.done:
-            raise RuntimeError("the event loop of this request's consumer is closed")
+    def wake(self) -> None:
+        """There is something to read."""
+        self._wake.set()
 
     def _event(self, piece: Piece) -> Event:
         if piece.finish_reason is not None:
@@ -157,6 +153,26 @@ class Stream:
             piece.timing,
             piece.speculation,
         )
+
+
+def _notifier(
+    engine: "Engine", request_id: str, stream: "weakref.ref[Stream]", home: asyncio.AbstractEventLoop
+) -> Callable[[Running], None]:
+    """Tells a request's stream, which it does not keep alive: one that nobody has any more is to cancel the request."""
+
+    def wake() -> None:
+        if (waiting := stream()) is not None:
+            waiting.wake()
+
+    def notify(request: Running) -> None:  # called by the thread that drives
+        if request.done:
+            engine.forget(request_id)
+        if not home.is_closed():
+            home.call_soon_threadsafe(wake)
+        elif not request.done:
+            raise RuntimeError("the event loop of this request's consumer is closed")
+
+    return notify
 
 
 class Engine:

@@ -37,7 +37,7 @@ class Request(Sequence):
       speculation: None: no drafts.
       grammar: None: any token may come.
       expires: time.perf_counter() of its deadline; None: it has none.
-      notify: called after each step that brought it something, and at its end.
+      notify: called with it after each step that brought it something, and at its end.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Request(Sequence):
         self.speculation = speculation
         self.grammar = grammar
         self.expires: float | None = None
-        self.notify: Callable[[], None] | None = None
+        self.notify: Callable[[Request], None] | None = None
         self._deadline = deadline
         self._ending = set(params.stop_token_ids or ())
         if not params.ignore_eos:
@@ -135,7 +135,7 @@ class Request(Sequence):
         """Calls `notify`; returns what it raised."""
         if self.notify is not None and self.ready:
             try:
-                self.notify()
+                self.notify(self)
             except Exception as error:
                 return error
         return None
