@@ -166,7 +166,7 @@ def test_llama_cpp_serves_a_trace(tiny_file):
 @pytest.mark.slow
 def test_sections_on_a_tiny_model(tmp_path, capsys):
     out = tmp_path / "serving.json"
-    options = ["--quick", "--small", "tiny:Q4_1", "--files", str(tmp_path), "--json", str(out)]
+    options = ["--quick", "--no-peers", "--small", "tiny:Q4_1", "--files", str(tmp_path), "--json", str(out)]
     assert bench_serving.main(["batch", "adapters", "fairness", *options]) == 0
     rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
     assert rows["batch, small: greedy answers that are not as if alone"]["figure"] == 0

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             repeats=arguments.repeats,
             quick=arguments.quick,
             threads=arguments.threads,
-            peer_python=arguments.peer_python,
+            peer_python=None if arguments.no_peers else arguments.peer_python,
         )
         meter = stack.enter_context(machine.Meter(arguments.threads, 256))
         settings = {
@@ -110,6 +110,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--threads", type=int, default=machine.threads(), help="of all engines (default: all there are)"
     )
     parser.add_argument("--peer-python", default=sys.executable, help="a Python that has xllamacpp (default: this one)")
+    parser.add_argument(
+        "--no-peers", action="store_true", help="without llama.cpp, which a busy machine slows down most"
+    )
     parser.add_argument("--files", type=Path, help="folder that keeps the files that are made; else they are removed")
     parser.add_argument("--json", type=Path, help="also write the report to this file")
     arguments = parser.parse_args(argv)

@@ -23,7 +23,7 @@ class Plan:
 
     models: (label, file) of each, for the sections that take several; the first is the small one, for those that take
     one. folder: for files that are made. repeats: of every timing. quick: fewer and shorter requests. threads: of the
-    peer. peer_python: the Python that may have xllamacpp.
+    peers. peer_python: the Python that may have xllamacpp; None: no peers.
     """
 
     models: tuple[tuple[str, Path], ...]
@@ -31,7 +31,7 @@ class Plan:
     repeats: int
     quick: bool
     threads: int
-    peer_python: str
+    peer_python: str | None
 
     @property
     def small(self) -> tuple[str, Path]:

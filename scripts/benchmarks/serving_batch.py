@@ -121,6 +121,8 @@ def _peers(plan: Plan, path: Path) -> Iterator[Engine]:
 
     The server comes from xllamacpp's wheels, which are built for AVX2; the library may be built for this machine.
     """
+    if plan.peer_python is None:
+        return
     slots, threads = ("--slots", str(SLOTS)), plan.threads
     yield Engine("llama.cpp's server", "llama_server", str(path), *slots, threads=threads, python=plan.peer_python)
     yield Engine("llama.cpp", "llama_engine", str(path), threads=threads)
