@@ -5,7 +5,10 @@ import threading
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from realm_jax.errors import RealmError
+from realm_jax.arguments import brief
+from realm_jax.errors import InvalidRequestError, RealmError
+
+_PATIENCE = 0.05  # seconds to wait for another process that writes the file
 
 
 @dataclass
@@ -26,13 +29,18 @@ class Ledger:
     once: a process that is killed loses nothing and counts nothing twice. Methods may be called from any thread."""
 
     def __init__(self, path: str | Path | None = None):
-        """RealmError when the file cannot be opened, or is no ledger."""
+        """RealmError when the file cannot be opened, or is no ledger; InvalidRequestError for what is no path."""
         self._lock = threading.Lock()
         self._path = path
         self._open = True
         self._pending: dict[str, Spent] = {}
+        if path is not None and (not isinstance(path, (str, Path)) or not str(path) or "\0" in str(path)):
+            raise InvalidRequestError(f"ledger is {brief(path)}; accepted: a path, or None")
         try:
-            self._file = sqlite3.connect(":memory:" if path is None else str(path), check_same_thread=False)
+            # Who else writes it must not hold up a step: what cannot be written at once is with the next flush.
+            self._file = sqlite3.connect(
+                ":memory:" if path is None else str(path), timeout=_PATIENCE, check_same_thread=False
+            )
             # A commit is a write to the log, without waiting for the disk: a killed process loses nothing by it.
             self._file.execute("PRAGMA journal_mode=WAL")
             self._file.execute("PRAGMA synchronous=NORMAL")
@@ -58,12 +66,17 @@ class Ledger:
                 self._write()
 
     def usage(self, tenant: str) -> Spent:
-        """All that a tenant has used, over all processes that kept this ledger."""
+        """All that a tenant has used, over all processes that kept this ledger. RealmError when it cannot be read."""
         with self._lock:
-            row = self._file.execute(
-                "SELECT prompt_tokens, reused_tokens, completion_tokens, requests FROM usage WHERE tenant = ?",
-                (tenant,),
-            ).fetchone()
+            if not self._open:
+                raise RealmError(f"the ledger {self._path} was closed")
+            try:
+                row = self._file.execute(
+                    "SELECT prompt_tokens, reused_tokens, completion_tokens, requests FROM usage WHERE tenant = ?",
+                    (tenant,),
+                ).fetchone()
+            except sqlite3.Error as error:
+                raise RealmError(f"the ledger {self._path} cannot be read: {error}") from error
             return (Spent() if row is None else Spent(*row)) + self._pending.get(tenant, Spent())
 
     def close(self) -> None:

@@ -12,7 +12,8 @@ whose next step depends on the last token in ways that only the host knows (a gr
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -30,11 +31,12 @@ from realm_jax.engine.scheduler import Row, Scheduler
 from realm_jax.engine.speculation import accepted
 from realm_jax.engine.speculator import Speculator
 from realm_jax.engine.tenants import Tenant
-from realm_jax.errors import CapacityError, InvalidRequestError, RealmError
+from realm_jax.errors import AdapterError, CapacityError, InvalidRequestError, RealmError
 from realm_jax.interrupt import interrupt_deferred
 from realm_jax.lora import AdapterStore, Resident
 from realm_jax.results import Piece
 from realm_jax.sampling import BAD_LOGITS, NO_TOKEN
+from realm_jax.sampling_params import shown
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -137,7 +139,8 @@ class HostLoop:
         Args:
           runner: runs the batches.
           tenants: see Scheduler.
-          queue_limit: most requests that may wait; None: no bound.
+          queue_limit: most requests that may wait, except that each tenant may always have its equal share of them;
+            None: no bound.
           adapters: None: no adapters.
           speculator: proposes drafts for requests that want them; None: nobody does.
           ledger: None: one in memory.
@@ -189,35 +192,29 @@ class HostLoop:
         """
         for request in requests:
             self.scheduler.check(request.limit, request.tenant)
-        pinned: list[Request] = []
-        try:
-            for request in requests:
-                if request.adapter_name is not None:
-                    self._pin(request)
-                    pinned.append(request)
-            with self._changed:
-                self._check_open()
-                wanted: dict[str, int] = {}
+        wanted = Counter(request.tenant for request in requests)
+        with interrupt_deferred():  # an adapter that is taken must be given back
+            try:
                 for request in requests:
-                    wanted[request.tenant] = wanted.get(request.tenant, 0) + 1
-                for tenant, count in wanted.items():
-                    self.scheduler.account(tenant).check_quota(count)
-                waiting = self._open - len(self.scheduler.running)
-                if self._queue_limit is not None and waiting + len(requests) > self._queue_limit:
-                    raise CapacityError(
-                        f"{waiting} requests wait and {len(requests)} more come; accepted: {self._queue_limit} in all"
-                    )
-                for tenant, count in wanted.items():
-                    self.scheduler.account(tenant).opened(count)
+                    if request.adapter_name is not None:
+                        self._pin(request)
+                with self._changed:
+                    self._check_open()
+                    for tenant, count in wanted.items():
+                        self.scheduler.account(tenant).check_quota(count)
+                    self._check_queue(wanted)
+                    for tenant, count in wanted.items():
+                        self.scheduler.account(tenant).opened(count)
+                    for request in requests:
+                        request.submitted()
+                    self._open += len(requests)
+                    self._submitted.extend(requests)
+                    self._changed.notify_all()
+            except BaseException:
                 for request in requests:
-                    request.submitted()
-                self._open += len(requests)
-                self._submitted.extend(requests)
-                self._changed.notify_all()
-        except BaseException:
-            for request in pinned:
-                self._unpin(request)
-            raise
+                    if request.adapter is not None:
+                        self._unpin(request)
+                raise
 
     def pieces(self, request: Request) -> Iterator[Piece]:
         """The request's output as it comes, to the last piece; raises what ended it instead.
@@ -235,41 +232,50 @@ class HostLoop:
 
     def cancel(self, requests: list[Request]) -> None:
         """Ends those of the requests that go on. Their pages are free now or, if a step is running, after it."""
-        with interrupt_deferred(), self._changed:
-            self._cancelled.extend(requests)
-            if self._driving:
-                return
-            # A garbage collection in here may close another stream, and so cancel again: it must find us driving.
-            self._driving = True
+        with interrupt_deferred():
+            with self._changed:
+                self._cancelled.extend(requests)
+                if self._driving:
+                    return
+                # A garbage collection in here may close another stream, and so cancel again: it must find us driving.
+                self._driving = True
             self._stop_driving()
 
-    def close(self) -> None:
-        """Cancels everything and lets go of the runner; after that the loop refuses requests."""
-        with interrupt_deferred(), self._changed:
-            self._closed = True
-            self._changed.notify_all()
-            while self._driving:
-                self._changed.wait()
-            self._driving = True
+    def close(self, error: Exception | None = None) -> None:
+        """Cancels everything, or fails it with an error, and lets go of the runner; after that the loop refuses
+        requests. RealmError when the ledger cannot be written."""
+        with interrupt_deferred():
+            with self._changed:
+                self._closed = True
+                self._changed.notify_all()
+                while self._driving:
+                    self._changed.wait()
+                self._driving = True
             try:
                 self._take_in()
                 for request in [*self.scheduler.waiting, *self.scheduler.running]:
-                    request.cancel()
+                    request.cancel() if error is None else request.fail(error)
                     self._ended(request)
                 self._runner = self._flight = None
-                self._sampler.reset()
                 self.scheduler.cache.forget()
-                self.ledger.close()
+                try:
+                    self._sampler.reset()
+                finally:
+                    self.ledger.close()
             finally:
                 self._stop_driving()
 
     def serve(self) -> None:
-        """Drives for everybody, until the loop is closed."""
-        while not self._closed:
-            self._drive(self._step, until=lambda: self._closed or not self._busy())
-            with self._changed:
-                while not (self._closed or self._busy()):
-                    self._changed.wait()
+        """Drives for everybody, until the loop is closed. If it cannot go on, everybody is told, and it is closed."""
+        try:
+            while not self._closed:
+                self._drive(self._step, until=lambda: self._closed or not self._busy())
+                with self._changed:
+                    while not (self._closed or self._busy()):
+                        self._changed.wait()
+        except BaseException as error:
+            _log.critical("the engine cannot go on, and is closed", exc_info=error)
+            self.close(error if isinstance(error, Exception) else RealmError(f"the engine ended: {error!r}"))
 
     def exclusively(self, tokens: int, work: Callable[[np.ndarray], T]) -> T:
         """work(table) between two steps, with pages for that many tokens; table is int32 [max_pages_per_slot].
@@ -289,7 +295,8 @@ class HostLoop:
             try:
                 done.append(work(table))
             except BaseException as error:
-                self._fail_running(error)
+                if not isinstance(error, RealmError):  # that is a refusal, before anything was done on the device
+                    self._fail_running(error)
                 raise
             finally:
                 self.scheduler.pages.release(pages)
@@ -431,16 +438,40 @@ class HostLoop:
                     self._stop_driving()
 
     def _stop_driving(self) -> None:
-        with self._changed:
-            try:
-                while self._cancelled:  # during the step; nobody may come to do it later
-                    self._take_in()
-            finally:
+        try:
+            while not self._stopped():  # cancelled during the step; nobody may come to do it later
+                self._take_in()
+        except BaseException:
+            with self._changed:
                 self._driving = False
                 self._changed.notify_all()
+            raise
+
+    def _stopped(self) -> bool:
+        """Lets others drive, unless there is something to cancel. What has ended lets go of its adapter, and who loads
+        one may cancel: so that is not to be done while this holds the lock."""
+        with self._changed:
+            if self._cancelled:
+                return False
+            self._driving = False
+            self._changed.notify_all()
+            return True
 
     def _busy(self) -> bool:
         return self._open > 0 or bool(self._cancelled)
+
+    def _check_queue(self, wanted: Mapping[str, int]) -> None:
+        """CapacityError when so many more of each tenant are too many: a full queue has room for a tenant's share."""
+        count, waiting = sum(wanted.values()), self._open - len(self.scheduler.running)
+        if self._queue_limit is None or waiting + count <= self._queue_limit:
+            return
+        share = self._queue_limit // len(self.scheduler.accounts)
+        accounts = {name: self.scheduler.account(name) for name in wanted}
+        if any(a.open - len(a.running) + wanted[name] > share for name, a in accounts.items()):
+            raise CapacityError(
+                f"{waiting} requests wait and {count} more come; accepted: {self._queue_limit} in all, "
+                f"or {share} of one tenant"
+            )
 
     def _check_open(self) -> None:
         if self._closed:
@@ -519,9 +550,30 @@ class HostLoop:
             return {}
         return self._speculator.propose(wanting, len(decoding))
 
-    def _launch(self, rows: list[Row[Request]]) -> Flight:
-        """Dispatches one forward and the draws from it."""
+    def _masked(self, rows: list[Row[Request]]) -> list[tuple[Row[Request], list[np.ndarray | None]]]:
+        """Rows with the masks of what they sample. A request whose grammar fails ends, and its neighbours go on."""
+        masked = []
+        for row in rows:
+            request = row.sequence
+            masks: list[np.ndarray | None] = [None]
+            if row.samples and not request.done:  # a grammar that failed on drafts
+                try:
+                    masks = request.masks(row.drafts)
+                except Exception as error:
+                    request.fail(error)
+            if request.done:
+                self._ended(request)
+            else:
+                masked.append((row, masks))
+        return masked
+
+    def _launch(self, rows: list[Row[Request]]) -> Flight | None:
+        """Dispatches one forward and the draws from it; None if no row is left of it."""
         assert self._runner is not None  # nothing runs in a closed loop
+        masked = self._masked(rows)
+        if not masked:
+            return None
+        rows = [row for row, _ in masked]
         began, compiled = time.perf_counter(), self._runner.compiled
         tokens: list[np.ndarray] = []
         starts: list[int] = []
@@ -530,10 +582,9 @@ class HostLoop:
         draws: list[DrawRow | None] = []
         owners: list[Request] = []
         at: list[int] = []
-        for row in rows:
+        for row, masks in masked:
             request = row.sequence
             at.append(len(tokens))
-            masks = request.masks(row.drafts) if row.samples else [None]
             for i in range(1 + len(row.drafts)):
                 if i == 0:
                     tokens.append(np.zeros(1, np.int32) if row.unread else row.tokens)
@@ -611,6 +662,7 @@ class HostLoop:
         """Gives a request its next token."""
         if token == BAD_LOGITS:
             request.fail(RealmError(f"the model's logits at position {request.length} are not finite numbers"))
+            self.scheduler.forget(request)  # its keys and values may be as bad
             return
         if token == NO_TOKEN:
             request.fail(RealmError(f"the grammar allows no token at position {request.length}"))
@@ -625,7 +677,8 @@ class HostLoop:
     ) -> None:
         if not (prompt or completion or reused or requests):
             return
-        self.scheduler.account(request.tenant).spend(prompt + completion)
+        with self._changed:  # others may be reading the quota
+            self.scheduler.account(request.tenant).spend(prompt + completion)
         spent = Spent(prompt, reused, completion, requests)
         self._totals += spent
         self.ledger.add(request.tenant, spent)
@@ -665,10 +718,16 @@ class HostLoop:
         return self._adapters
 
     def _pin(self, request: Request) -> None:
-        assert request.adapter_name is not None
-        self.scheduler.account(request.tenant).tenant.check_adapter(request.adapter_name)
+        name = request.adapter_name
+        assert name is not None
+        tenant = self.scheduler.account(request.tenant).tenant
+        tenant.check_adapter(name)
         with self._adapter_lock:
-            request.use_adapter(self._loaded_adapters().acquire(request.adapter_name))
+            adapters = self._loaded_adapters()
+            if tenant.adapters is not None and name not in adapters.names:  # the others' names are not its business
+                loaded = ", ".join(repr(one) for one in tenant.adapters if one in adapters.names) or "none"
+                raise AdapterError(f"there is no adapter {shown(name)} now; loaded for {tenant.name!r} are: {loaded}")
+            request.use_adapter(adapters.acquire(name))
 
     def _unpin(self, request: Request) -> None:
         assert request.adapter is not None

@@ -1,5 +1,6 @@
 """Which sequences run in the next forward, and with which tokens. Pure host logic: it needs no model to be tested."""
 
+import bisect
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -91,6 +92,10 @@ class Scheduler(Generic[S]):
             self.accounts[tenant.name] = Account(tenant)
             if tenant.min_pages:
                 self.cache.floors[tenant.name] = tenant.min_pages
+        if (floors := sum(self.cache.floors.values())) >= pages.total:
+            raise InvalidRequestError(
+                f"min_pages of all tenants make {floors}; accepted: less than the {pages.total} pages of the cache"
+            )
         self.running: list[S] = []  # in order of admission
         self.preemptions = 0
         self.longest_prompt = 0
@@ -103,6 +108,7 @@ class Scheduler(Generic[S]):
         self._padded = padded
         self._prefill_budget = prefill_budget
         self._fair = fair
+        self._served_last: Account[S] | None = None  # whose line became empty last
         self._arrivals = 0
         self._arrived: dict[str, int] = {}  # by sequence id, to keep the order of those that wait again
 
@@ -164,15 +170,10 @@ class Scheduler(Generic[S]):
 
     def submit(self, sequence: S) -> None:
         """Puts it in its tenant's line."""
-        account = self.accounts[sequence.tenant]
-        if not account.active:
-            # Nothing is saved up while idle, or a tenant could come back and have everything to itself.
-            others = [other.counter for other in self.accounts.values() if other.active]
-            account.counter = max(account.counter, min(others, default=account.counter))
         self.longest_prompt = max(self.longest_prompt, sequence.prompt_length)
         self._arrived[sequence.id] = self._arrivals
         self._arrivals += 1
-        self._wait(account, sequence)
+        self._wait(self.accounts[sequence.tenant], sequence)
 
     def admit(self) -> list[S]:
         """Starts those that wait while they fit, in place of others where that is fair; returns those that now run."""
@@ -185,7 +186,7 @@ class Scheduler(Generic[S]):
                 swaps -= behind
                 self.preempt(victim)
             account = self.accounts[sequence.tenant]
-            account.waiting.remove(sequence)
+            self._leave_line(account, sequence)
             sequence.slot = self._free_slots.pop()
             sequence.table = np.zeros(self._table_size, np.int32)
             self._reuse(sequence)
@@ -198,7 +199,7 @@ class Scheduler(Generic[S]):
         """Takes a sequence out for good, waiting or running; its slot and pages are free at once."""
         account = self.accounts[sequence.tenant]
         if sequence.slot is None:
-            account.waiting.remove(sequence)
+            self._leave_line(account, sequence)
         else:
             self._stop(sequence)
         del self._arrived[sequence.id]
@@ -208,6 +209,10 @@ class Scheduler(Generic[S]):
         self._stop(sequence)
         self.preemptions += 1
         self._wait(self.accounts[sequence.tenant], sequence)
+
+    def forget(self, sequence: S) -> None:
+        """Takes what a sequence has computed out of the prefix cache; what it found there stays."""
+        self.cache.forget(self._cache_keys(sequence)[sequence.reused // self.page_size :])
 
     def reserve(self, tokens: int) -> tuple[list[int], np.ndarray]:
         """Pages for that many tokens, and their table row int32 [table_size]. CapacityError when they are not free."""
@@ -288,8 +293,21 @@ class Scheduler(Generic[S]):
         return decoding, chunks
 
     def _wait(self, account: Account[S], sequence: S) -> None:
-        account.waiting.append(sequence)
-        account.waiting.sort(key=lambda s: (-s.priority, self._arrived[s.id]))
+        if not account.waiting:
+            self._lift(account)
+        bisect.insort(account.waiting, sequence, key=lambda s: (-s.priority, self._arrived[s.id]))
+
+    def _leave_line(self, account: Account[S], sequence: S) -> None:
+        account.waiting.remove(sequence)
+        if not account.waiting:
+            self._served_last = account
+
+    def _lift(self, account: Account[S]) -> None:
+        """Nothing is saved up while one has no use for it, or a tenant could come back and have everything to itself:
+        its counter starts at the least of those that wait or, if none does, where the last of them is."""
+        others = [other.counter for other in self.accounts.values() if other.waiting and other is not account]
+        last = account if self._served_last is None else self._served_last
+        account.counter = max(account.counter, min(others, default=last.counter))
 
     def _startable(self, admitted: list[S], swaps: int) -> S | None:
         """Who can start now: the first in line of a tenant, of the one that was served least if it can.
@@ -302,6 +320,7 @@ class Scheduler(Generic[S]):
         for account in order:
             sequence = account.waiting[0]
             if not self._below_ceiling(account, sequence):
+                self._lift(account)  # it is not the others who keep it waiting
                 continue
             if self._free_slots and self._affordable(sequence):
                 return sequence
@@ -334,8 +353,9 @@ class Scheduler(Generic[S]):
         others = [a for a in self.accounts.values() if a is not account and any(s not in spared for s in a.running)]
         if not others:
             return None, False
-        crowded = max(others, key=lambda a: (len(a.running) / a.tenant.weight, a.counter))
-        if not account.running and len(crowded.running) > 1:
+        several = [a for a in others if len(a.running) > 1]
+        if several and not account.running:
+            crowded = max(several, key=lambda a: (len(a.running) / a.tenant.weight, a.counter))
             return self._last(crowded, spared), False
         ahead = max(others, key=lambda a: a.counter)
         share, mine = len(ahead.running) / ahead.tenant.weight, len(account.running) / account.tenant.weight

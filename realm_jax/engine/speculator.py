@@ -115,4 +115,10 @@ def _looked_up(request: "Request", k: int) -> list[int]:
 
 def _allowed(request: "Request", drafts: list[int]) -> list[int]:
     """Those of the drafts that the request's grammar allows, up to the first that it does not."""
-    return drafts if request.grammar is None else drafts[: request.grammar.valid(drafts)]
+    if request.grammar is None:
+        return drafts
+    try:
+        return drafts[: request.grammar.valid(drafts)]
+    except Exception as error:  # of its own making: its neighbours go on
+        request.fail(error)
+        return []

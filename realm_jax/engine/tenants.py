@@ -85,18 +85,19 @@ class Tenant:
 
 
 class Allowance:
-    """A bucket that fills by `per_minute` a minute, up to one minute's worth."""
+    """A bucket that fills by `per_minute` a minute, up to one minute's worth, or to 1 if that is less."""
 
     def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic):
         self.per_minute = per_minute
+        self._most = max(per_minute, 1.0)
         self._clock = clock
-        self._left = per_minute
+        self._left = self._most
         self._at = clock()
 
     @property
     def left(self) -> float:
         now = self._clock()
-        self._left = min(self.per_minute, self._left + (now - self._at) * self.per_minute / 60)
+        self._left = min(self._most, self._left + (now - self._at) * self.per_minute / 60)
         self._at = now
         return self._left
 
@@ -106,7 +107,7 @@ class Allowance:
 
     def wait(self, amount: float) -> float:
         """Seconds until `amount` is there."""
-        return max(0.0, (min(amount, self.per_minute) - self.left) * 60 / self.per_minute)
+        return max(0.0, (min(amount, self._most) - self.left) * 60 / self.per_minute)
 
 
 class Account(Generic[S]):
@@ -171,12 +172,9 @@ class Account(Generic[S]):
 
 
 def _positive(value: Any) -> bool:
-    return (
-        isinstance(value, numbers.Real)
-        and not isinstance(value, bool)
-        and math.isfinite(float(value))
-        and float(value) > 0
-    )
+    """Whether it is a number above 0 that one can divide by, and be divided by."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return number and bool(1e-100 <= value <= 1e100)
 
 
 def _integer(value: Any, low: int) -> bool:
