@@ -79,7 +79,7 @@ def adapters_for(adapter: Any, count: int, batch: bool) -> list[str | None]:
 def refuse_options(options: Mapping[str, Any], known: str) -> None:
     """Refuses options that are not known."""
     for name in options:
-        raise InvalidRequestError(f"unknown option {name!r}; accepted: {known}")
+        raise InvalidRequestError(f"unknown option {shown(name)}; accepted: {known}")
 
 
 @contextmanager

@@ -79,7 +79,9 @@ class SamplingParams:
             if name not in names:
                 close = difflib.get_close_matches(name, names, n=1)
                 hint = f"did you mean {close[0]!r}? " if close else ""
-                raise InvalidRequestError(f"unknown sampling parameter {name!r}; {hint}accepted: {', '.join(names)}")
+                raise InvalidRequestError(
+                    f"unknown sampling parameter {shown(name)}; {hint}accepted: {', '.join(names)}"
+                )
         if len(args) > len(names):
             raise InvalidRequestError(f"{len(args)} sampling parameters given; accepted: at most {len(names)}")
         return super().__new__(cls)
@@ -115,7 +117,7 @@ class SamplingParams:
         named += [("stop_token_ids", token) for token in self.stop_token_ids or ()]
         for field, token in named:
             if token >= vocab_size:
-                raise InvalidRequestError(f"{field} names token {token}; accepted: 0 to {vocab_size - 1}")
+                raise InvalidRequestError(f"{field} names token {shown(token)}; accepted: 0 to {vocab_size - 1}")
 
 
 def shown(value: Any) -> str:
@@ -269,4 +271,6 @@ def _bias(value: Any) -> dict[int, float] | None:
     for token in value:
         if not _is_integer(token) or token < 0:
             raise _refuse("logit_bias", token, accepted)
-    return {int(token): _number(f"logit_bias[{token}]", bias, low=-1e4, high=1e4) for token, bias in value.items()}
+    return {
+        int(token): _number(f"logit_bias[{shown(token)}]", bias, low=-1e4, high=1e4) for token, bias in value.items()
+    }

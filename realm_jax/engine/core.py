@@ -76,6 +76,8 @@ class Core:
         _check_adapters(adapters)
         if draft is not None and (not isinstance(draft, (str, Path)) or not str(draft)):
             raise InvalidRequestError(f'draft is {brief(draft)}; accepted: "ngram", a model as for `model`, or None')
+        if progress is not None and not callable(progress):
+            raise InvalidRequestError(f"progress is {brief(progress)}; accepted: a function, or None")
         kernels = resolve_backend(backend)
         if not isinstance(model, (str, Path)) or not str(model):
             raise InvalidRequestError(f"model is {brief(model)}; accepted: a path, a model's name or a repository id")
@@ -134,11 +136,15 @@ class Core:
         return self.runner
 
     def close(self) -> None:
-        """Cancels what runs and lets go of the weights."""
-        self.loop.close()
-        if isinstance(self.template, ChatTemplate):
-            self.template.close()
+        """Cancels what runs and lets go of the weights. RealmError when the ledger cannot be written."""
         self.runner = None
+        if os.getpid() != self._process:  # a fork has no part in what its parent runs and counts
+            return
+        try:
+            self.loop.close()
+        finally:
+            if isinstance(self.template, ChatTemplate):
+                self.template.close()
 
     def tokens(self, prompt: Any, what: str, parse_special: bool = True) -> np.ndarray:
         """int32 ids of a prompt, a string or a list of ids, checked."""

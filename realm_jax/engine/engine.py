@@ -1,23 +1,24 @@
 """The asynchronous face: many tenants' requests on one model, each an async iterator of events."""
 
 import asyncio
-import math
+import atexit
 import numbers
 import secrets
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 
-from realm_jax.arguments import brief
+from realm_jax.arguments import brief, refuse_options
 from realm_jax.engine.core import Core, Progress
 from realm_jax.engine.ledger import Spent
-from realm_jax.engine.loop import LoopStats
+from realm_jax.engine.loop import HostLoop, LoopStats
 from realm_jax.engine.request import Request as Running
 from realm_jax.engine.tenants import DEFAULT_TENANT, Tenant
 from realm_jax.errors import InvalidRequestError
@@ -90,7 +91,8 @@ class EngineStats(LoopStats):
 
 
 class Stream:
-    """The events of one request, in order: an async iterator. Closing it early cancels the request.
+    """The events of one request, in order: an async iterator for the event loop that it was submitted in. Closing it
+    early, or leaving it to be collected, cancels the request.
 
     A consumer that does not read holds up nobody; what it has not read is kept for it.
     """
@@ -108,6 +110,8 @@ class Stream:
         return self
 
     async def __anext__(self) -> Event:
+        if asyncio.get_running_loop() is not self._home:  # which is the one that is woken up
+            raise InvalidRequestError("a stream is read in another event loop; accepted: the one it was submitted in")
         request = self._request
         while not self._ended:
             if request.pieces:
@@ -183,7 +187,8 @@ class Engine:
             async for event in engine.submit(Request("Hello", tenant="acme")):
                 print(event.text, end="")
 
-    A thread of its own drives the device. All methods may be called from any thread, `submit` from a coroutine.
+    A thread of its own drives the device. All methods may be called from any thread, `submit` from a coroutine. An
+    engine that is left to be collected, or to the end of the process, is closed.
     """
 
     def __init__(
@@ -201,18 +206,27 @@ class Engine:
         queue_limit: int | None = 4096,
         ledger: str | Path | None = None,
         progress: Progress | None = None,
+        **options: Any,
     ):
         """Loads a model.
 
         Args:
           model, context_length, max_batch, backend, mesh, draft, adapters, cache_bytes, progress: see realm_jax.LLM.
           tenants: who may submit; None: one tenant, "default", without bounds.
-          queue_limit: most requests that may wait; None: no bound.
+          queue_limit: most requests that may wait, except that each tenant may always have its equal share of them;
+            None: no bound.
           ledger: a file, made if need be, that keeps what each tenant has used; None: counted in memory.
 
         Raises: as LLM; RealmError when the ledger cannot be used.
         """
-        known = (Tenant(DEFAULT_TENANT),) if tenants is None else tuple(tenants)
+        refuse_options(
+            options,
+            "model, context_length, max_batch, backend, tenants, mesh, draft, adapters, cache_bytes, queue_limit, "
+            "ledger, progress",
+        )
+        known: tuple[Any, ...] = (Tenant(DEFAULT_TENANT),)
+        if tenants is not None:
+            known = tuple(tenants) if isinstance(tenants, Iterable) else ()
         if not known or not all(isinstance(tenant, Tenant) for tenant in known):
             raise InvalidRequestError(f"tenants is {brief(tenants)}; accepted: a list of Tenant, or None")
         self._core = Core(
@@ -232,6 +246,9 @@ class Engine:
         self._live: dict[str, Running] = {}
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
+        # JAX must not be taken down while the thread runs.
+        self._at_exit = atexit.register(partial(_close, weakref.ref(self)))
+        self._dropped = weakref.finalize(self, _abandon, self._core.loop, self._at_exit)
 
     @property
     def context_length(self) -> int:
@@ -249,6 +266,10 @@ class Engine:
         """
         core = self._core
         core.check_open()
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            raise InvalidRequestError("submit is called without an event loop; accepted: from a coroutine") from None
         if not isinstance(request, Request):
             raise InvalidRequestError(f"request is {brief(request)}; accepted: a Request")
         params = _checked(request)
@@ -326,9 +347,13 @@ class Engine:
 
     def close(self) -> None:
         """Cancels what runs and lets go of the weights. Any other use afterwards is refused."""
-        self._core.close()
-        if self._thread is not None:
-            self._thread.join()
+        self._dropped.detach()
+        atexit.unregister(self._at_exit)
+        try:
+            self._core.close()
+        finally:
+            if self._thread is not None:
+                self._thread.join()
 
     async def __aenter__(self) -> "Engine":
         self._core.check_open()
@@ -351,6 +376,18 @@ class Engine:
                 self._thread.start()
 
 
+def _close(engine: "weakref.ref[Engine]") -> None:
+    """At the end of the process."""
+    if (left := engine()) is not None:
+        left.close()
+
+
+def _abandon(loop: HostLoop, at_exit: Any) -> None:
+    """Of an engine that was collected, in whatever thread that was."""
+    atexit.unregister(at_exit)
+    loop.abandon()
+
+
 def _checked(request: Request) -> SamplingParams:
     """InvalidRequestError for a field that cannot be; returns the params."""
 
@@ -370,9 +407,8 @@ def _checked(request: Request) -> SamplingParams:
     if isinstance(request.priority, bool) or not isinstance(request.priority, int):
         raise refuse("priority", "an integer")
     d = request.deadline
-    if d is not None and (
-        isinstance(d, bool) or not isinstance(d, numbers.Real) or not math.isfinite(d) or not float(d) > 0
-    ):
+    number = isinstance(d, numbers.Real) and not isinstance(d, bool)
+    if d is not None and not (number and 0 < d <= 1e15):
         raise refuse("deadline", "a number of seconds above 0, or None")
     for name in ("cache", "parse_special"):
         if not isinstance(getattr(request, name), bool):

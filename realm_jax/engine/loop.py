@@ -167,6 +167,7 @@ class HostLoop:
         self._changed = threading.Condition()
         self._driving = False
         self._closed = False
+        self._abandoned = False
         self._submitted: list[Request] = []
         self._cancelled: list[Request] = []
         self._open = 0  # requests that were submitted and have not ended
@@ -268,14 +269,22 @@ class HostLoop:
     def serve(self) -> None:
         """Drives for everybody, until the loop is closed. If it cannot go on, everybody is told, and it is closed."""
         try:
-            while not self._closed:
-                self._drive(self._step, until=lambda: self._closed or not self._busy())
+            while not (self._closed or self._abandoned):
+                self._drive(self._step, until=lambda: self._closed or self._abandoned or not self._busy())
                 with self._changed:
-                    while not (self._closed or self._busy()):
+                    while not (self._closed or self._abandoned or self._busy()):
                         self._changed.wait()
+            if self._abandoned:
+                self.close()
         except BaseException as error:
             _log.critical("the engine cannot go on, and is closed", exc_info=error)
             self.close(error if isinstance(error, Exception) else RealmError(f"the engine ended: {error!r}"))
+
+    def abandon(self) -> None:
+        """Lets the thread in `serve` close the loop; waits for nothing, and may be called within anything."""
+        with self._changed:
+            self._abandoned = True
+            self._changed.notify_all()
 
     def exclusively(self, tokens: int, work: Callable[[np.ndarray], T]) -> T:
         """work(table) between two steps, with pages for that many tokens; table is int32 [max_pages_per_slot].

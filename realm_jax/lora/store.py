@@ -18,6 +18,7 @@ from realm_jax.lora.reading import read_adapter
 from realm_jax.lora.stacks import DeviceStacks, Signature, rank_bucket
 from realm_jax.model.adapters import Stack
 from realm_jax.model.params import Model
+from realm_jax.sampling_params import shown
 
 SlotKey = tuple[bytes, float]  # content and scale
 
@@ -113,7 +114,7 @@ class AdapterStore:
     def add(self, name: str, adapter: Adapter, scale: float = 1.0) -> Resident:
         """As `load`, of an adapter that `read` gave."""
         if not isinstance(name, str) or not name:
-            raise InvalidRequestError(f"an adapter's name is {name!r}; a text that is not empty is accepted")
+            raise InvalidRequestError(f"an adapter's name is {shown(name)}; a text that is not empty is accepted")
         resident = Resident(name, self._shared(adapter), check_scale(scale))
         self._make_room(resident.adapter)
         self._drop(name)
@@ -132,7 +133,7 @@ class AdapterStore:
             return self._named[name]
         except (KeyError, TypeError):
             raise AdapterError(
-                f"there is no adapter {name!r}; loaded are: {', '.join(map(repr, self.names)) or 'none'}"
+                f"there is no adapter {shown(name)}; loaded are: {', '.join(map(repr, self.names)) or 'none'}"
             ) from None
 
     def acquire(self, name: str) -> Resident:
@@ -241,5 +242,5 @@ def check_scale(scale: float) -> float:
     """An adapter's scale as a float. Raises InvalidRequestError unless it is a finite number."""
     number = isinstance(scale, (int, float, np.integer, np.floating)) and not isinstance(scale, bool)
     if not number or not abs(scale) <= 1e6:
-        raise InvalidRequestError(f"an adapter's scale is {scale!r}; a number from -1e6 to 1e6 is accepted")
+        raise InvalidRequestError(f"an adapter's scale is {shown(scale)}; a number from -1e6 to 1e6 is accepted")
     return float(scale)
