@@ -14,6 +14,7 @@ MAX_LOGPROBS = 20
 MAX_SEED = 2**64 - 1
 MAX_CHOICES = 256
 MAX_GRAMMAR = 1 << 16  # bytes
+MAX_STOPS = 256
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class SamplingParams:
       frequency_penalty, presence_penalty: subtracted from a token's logit per occurrence in the output, or once if it
         occurred there (-2 to 2); 0 turns them off.
       logit_bias: {token id: number added to its logit}.
-      stop: a string or several; generation ends where one appears, and the text ends before it.
+      stop: a string or several (at most 256); generation ends where one appears, and the text ends before it.
       stop_token_ids: generation ends when one of these tokens is sampled; its text is left out. None: no such ids, as
         for stop.
       ignore_eos: go on after the model's own end-of-generation tokens.
@@ -185,6 +186,8 @@ def _strings(field: str, value: Any) -> tuple[str, ...]:
     items = (value,) if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)):
         raise _refuse(field, value, accepted)
+    if len(items) > MAX_STOPS:  # each is looked for after every token, while others wait
+        raise InvalidRequestError(f"{len(items)} {field} strings are given; accepted: at most {MAX_STOPS}")
     for item in items:
         if not isinstance(item, str) or not item:
             raise _refuse(field, value, accepted)

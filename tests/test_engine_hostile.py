@@ -1,6 +1,7 @@
 """Tenants that mean harm, and faults at the worst moment: nobody else is hurt, and the books are right afterwards."""
 
 import os
+import random
 import signal
 import sqlite3
 import threading
@@ -123,6 +124,95 @@ def test_nothing_is_saved_up_at_a_ceiling_of_ones_own():
         step(scheduler)
         worst = max(worst, scheduler.gap())
     assert worst <= scheduler.gap_bound()
+
+
+# What a tenant may send: tokens of the prompt and of the output.
+STYLES = {
+    "flood": (12, 16),
+    "tiny": (1, 1),
+    "huge": (40, 20),
+    "cancel": (30, 20),  # and takes back before the end
+    "priority": (10, 10),
+    "burst": (20, 8),  # from time to time, much
+    "cached": (24, 12),
+    "trickle": (4, 40),  # always one, never two
+}
+
+
+def play(rng, steps):
+    """Tenants of random styles, weights and page quotas; returns the gap over its bound at its worst."""
+    floors = rng.random() < 0.3
+    tenants = [
+        Tenant(
+            name,
+            weight=rng.choice([0.5, 1, 1, 2]),
+            max_pages=rng.choice([None, None, None, 16, 18]),
+            min_pages=rng.choice([0, 2]) if floors else 0,
+        )
+        for name in "abcd"[: rng.choice([2, 3, 4])]
+    ]
+    scheduler = make_scheduler(
+        pages=rng.choice([20, 24, 32, 64]), slots=rng.choice([1, 2, 4, 8]), budget=4 * 16, tenants=tenants
+    )
+    styles = {tenant.name: rng.choice(list(STYLES)) for tenant in tenants}
+    worst = 0.0
+
+    def submit(name):
+        length, output = STYLES[styles[name]]
+        most = min(16, scheduler.pages.total - sum(n for other, n in scheduler.cache.floors.items() if other != name))
+        one = make_sequence(
+            min(length, 4 * most - output - 1),
+            output=output,
+            tenant=name,
+            cache=styles[name] in ("cached", "burst") or rng.random() < 0.3,
+            priority=rng.randrange(5) if styles[name] == "priority" else 0,
+        )
+        scheduler.check(one.limit, name)
+        scheduler.submit(one)
+
+    for count in range(steps):
+        for name, style in styles.items():
+            account = scheduler.account(name)
+            mine = account.waiting + account.running
+            if style == "trickle":
+                if not mine or (len(mine) == 1 and mine[0].limit - mine[0].length < 3):
+                    submit(name)
+            elif style == "burst":
+                for _ in range(20 if count % 50 == 0 else 0):
+                    submit(name)
+            elif len(account.waiting) < 6:
+                submit(name)
+            if style == "cancel":
+                for one in mine:
+                    if rng.random() < 0.2:
+                        scheduler.remove(one)
+        scheduler.admit()
+        rows = scheduler.next_batch()
+        assert rows or not (scheduler.running or scheduler.waiting)  # every step makes progress
+        run(scheduler, rows)
+        finish(scheduler)
+        worst = max(worst, scheduler.gap() / scheduler.gap_bound())
+    return worst
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_tenants_send_the_gap_is_bounded_and_all_go_on(seed):
+    assert play(random.Random(seed), 300) <= 1
+
+
+def test_cancelling_and_sending_again_gains_nothing():
+    """One prefills and cancels all the time, which is dear and soon over; the other is served as much."""
+    scheduler = make_scheduler(pages=64, slots=2, tenants=[Tenant("honest"), Tenant("restless")], budget=4 * 16)
+    for count in range(600):
+        for account in scheduler.accounts.values():
+            while len(account.waiting) < 4:
+                scheduler.submit(make_sequence(30, output=20, tenant=account.name))
+        if count % 4 == 0:
+            for one in list(scheduler.account("restless").running):
+                scheduler.remove(one)
+        step(scheduler)
+    honest, restless = (scheduler.account(name).counter for name in ("honest", "restless"))
+    assert restless <= 1.2 * honest
 
 
 def test_a_small_weight_with_one_slot_does_not_shield_a_flood():

@@ -51,6 +51,7 @@ REFUSED = [
     ("stop", [5]),
     ("stop", b"x"),
     ("stop", "\ud800"),
+    ("stop", ["a"] * 257),
     ("stop_token_ids", 5),
     ("stop_token_ids", "12"),
     ("stop_token_ids", [1.0]),

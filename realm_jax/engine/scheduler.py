@@ -17,7 +17,8 @@ from realm_jax.sampling_params import shown
 
 S = TypeVar("S", bound=Sequence)
 
-# A waiting tenant that is behind a running one by more than this many virtual tokens takes a slot from it.
+# A waiting tenant that is behind a running one by more than this many virtual tokens takes a slot from it; less than
+# all that the cache holds.
 QUANTUM = 512.0
 
 
@@ -46,9 +47,10 @@ class Scheduler(Generic[S]):
     """Fair between tenants, in turn within one.
 
     Who starts: while a slot and pages are free, the first in line of the tenant with the smallest virtual token counter
-    (see tenants.Account). A tenant that has nothing running takes a slot from one that has several; and one that is
-    QUANTUM behind takes one from whoever is ahead. A sequence that loses its slot keeps its tokens, waits at the head
-    of its line, and goes on where it was: its keys and values come from the prefix cache or are computed again.
+    (see tenants.Account). A tenant that has nothing running takes a slot from one that has several, unless it is
+    QUANTUM ahead of it; and one that is QUANTUM behind takes one from whoever is ahead. A sequence that loses its slot
+    keeps its tokens, waits at the head of its line, and goes on where it was: its keys and values come from the prefix
+    cache or are computed again.
 
     Pages are taken as tokens come. When there are none, the least recently used of the prefix cache give way, then
     the sequence that started last, of the tenant that had most.
@@ -103,6 +105,7 @@ class Scheduler(Generic[S]):
         self._free_slots = list(range(slots - 1, -1, -1))
         self._slots = slots
         self.page_size = page_size
+        self._quantum = min(QUANTUM, float(pages.total * page_size))  # well within the bound of the gap
         self._table_size = table_size
         self._chunk = chunk
         self._padded = padded
@@ -353,13 +356,14 @@ class Scheduler(Generic[S]):
         others = [a for a in self.accounts.values() if a is not account and any(s not in spared for s in a.running)]
         if not others:
             return None, False
-        several = [a for a in others if len(a.running) > 1]
+        # One that had more than those it would take from is not short of service.
+        several = [a for a in others if len(a.running) > 1 and account.counter - a.counter <= self._quantum]
         if several and not account.running:
             crowded = max(several, key=lambda a: (len(a.running) / a.tenant.weight, a.counter))
             return self._last(crowded, spared), False
         ahead = max(others, key=lambda a: a.counter)
         share, mine = len(ahead.running) / ahead.tenant.weight, len(account.running) / account.tenant.weight
-        if swaps and ahead.counter - account.counter > QUANTUM and share >= mine:
+        if swaps and ahead.counter - account.counter > self._quantum and share >= mine:
             return self._last(ahead, spared), True
         return None, False
 
