@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from realm_jax.engine.buckets import Buckets
+from realm_jax.engine.buckets import PREFILL_TOKENS, Buckets
 from realm_jax.engine.request import Request
 from realm_jax.errors import AdapterError
 from realm_jax.sampling_params import SamplingParams
@@ -124,6 +124,16 @@ class FakeRunner:
     def reset(self):
         self.pool[:] = EMPTY
 
+    def parts(self, tokens, starts, tables, **options):
+        logits = self.step(tokens, starts, tables, **options)
+        # The ends of prompts and the rows that decode come apart, as they do from the device.
+        apart = [[i for i, row in enumerate(tokens) if (len(row) == 1) == one] for one in (False, True)]
+        return [(rows, self.padded(logits[np.array(rows)])) for rows in apart if rows]
+
+    def padded(self, logits):
+        missing = self.buckets.row_bucket(len(logits)) - len(logits)
+        return jnp.pad(logits, ((0, missing), (0, 0)), constant_values=np.nan)
+
     def step(self, tokens, starts, tables, *, source=None, last_tokens=None, stacks=None, slots=None) -> jax.Array:
         if self.before_step is not None:
             self.before_step(tokens, starts)
@@ -139,7 +149,8 @@ class FakeRunner:
                     row[0] = np.asarray(last_tokens)[at]
         contents = [0 if slot < 0 else stacks["slots"][slot] for slot in slots_of(slots, tokens)]
         for row, start, table, content in zip(tokens, starts, tables, contents):
-            assert 1 <= len(row) <= self.chunk
+            assert 1 <= len(row) <= PREFILL_TOKENS
+            assert len(row) == 1 or start % PAGE == 0  # rows of several tokens begin where texts are cut
             row += ADAPTED * content
             for i, token in enumerate(row):
                 at = start + i

@@ -340,13 +340,15 @@ def test_a_consumer_whose_event_loop_is_gone(engine, llm):
 
 def test_logits_that_are_not_finite_end_one_request(engine, llm, monkeypatch):
     runner = engine._core.runner
-    step = runner.step
+    parts = runner.parts
     poisoned = token_ids(9)[2:]
 
     def poison(tokens, starts, tables, **options):
-        logits = step(tokens, starts, tables, **options)
-        rows = [i for i, row in enumerate(tokens) if len(row) == 7 and list(row) == list(poisoned)]
-        return logits.at[np.asarray(rows, int)].set(np.nan) if rows else logits
+        bad = [i for i, row in enumerate(tokens) if list(row) == list(poisoned)]
+        return [
+            (rows, logits.at[np.array([at for at, i in enumerate(rows) if i in bad], int)].set(np.nan))
+            for rows, logits in parts(tokens, starts, tables, **options)
+        ]
 
     async def main():
         other = engine.submit(Request("the cat", GREEDY, "acme"))
@@ -354,18 +356,18 @@ def test_logits_that_are_not_finite_end_one_request(engine, llm, monkeypatch):
             await tokens_of(engine.submit(Request(poisoned, GREEDY, "acme")))
         return await tokens_of(other)
 
-    monkeypatch.setattr(runner, "step", poison)
+    monkeypatch.setattr(runner, "parts", poison)
     assert within(engine, main()) == llm.generate("the cat", GREEDY).tokens
 
 
 def test_a_failing_device_ends_what_runs_and_the_engine_goes_on(engine, llm, monkeypatch):
     runner = engine._core.runner
-    step, count = runner.step, iter(range(10**6))
+    parts, count = runner.parts, iter(range(10**6))
 
     def fail(*args, **options):
         if next(count) == 3:
             raise MemoryError("device is full")
-        return step(*args, **options)
+        return parts(*args, **options)
 
     async def main():
         first = engine.submit(Request("the cat", SamplingParams(max_tokens=50, ignore_eos=True), "acme"))
@@ -373,7 +375,7 @@ def test_a_failing_device_ends_what_runs_and_the_engine_goes_on(engine, llm, mon
             await tokens_of(first)
         return await tokens_of(engine.submit(Request("the cat", GREEDY, "acme")))
 
-    monkeypatch.setattr(runner, "step", fail)
+    monkeypatch.setattr(runner, "parts", fail)
     assert within(engine, main()) == llm.generate("the cat", GREEDY).tokens
 
 

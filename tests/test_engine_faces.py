@@ -29,13 +29,13 @@ def path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(path):
     engine = Engine(path, context_length=CONTEXT, max_batch=2)
-    step = engine._core.runner.step
+    step = engine._core.runner.parts
 
     def slowly(*args, **options):  # so that what fills the context takes five seconds
         time.sleep(0.01)
         return step(*args, **options)
 
-    engine._core.runner.step = slowly
+    engine._core.runner.parts = slowly
     yield engine
     engine.close()
 

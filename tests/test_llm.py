@@ -180,18 +180,18 @@ def test_interrupt_leaves_a_usable_engine(llm):
     stream = llm.stream("the cat", SamplingParams(max_tokens=100, ignore_eos=True))
     next(stream)
 
-    step = llm._core.runner.step
+    parts = llm._core.runner.parts
 
     def interrupted(*args, **options):
         os.kill(os.getpid(), signal.SIGINT)
-        return step(*args, **options)
+        return parts(*args, **options)
 
-    llm._core.runner.step = interrupted
+    llm._core.runner.parts = interrupted
     try:
         with pytest.raises(KeyboardInterrupt):
             llm.generate(["the cat", "the dog"], GREEDY)
     finally:
-        del llm._core.runner.step
+        del llm._core.runner.parts
     stream.close()
     assert llm._loop.scheduler.available == llm._loop.scheduler.pages.total
     assert llm.generate("the cat", GREEDY).tokens == expected

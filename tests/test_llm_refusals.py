@@ -68,7 +68,7 @@ def test_bad_prompts_are_refused_before_anything_runs(llm, prompt, message):
     def boom(*args, **options):
         raise AssertionError("something ran")
 
-    llm._core.runner.step = boom
+    llm._core.runner.parts = boom
     try:
         with pytest.raises(InvalidRequestError, match=message) as caught:
             llm.generate(prompt)
@@ -76,7 +76,7 @@ def test_bad_prompts_are_refused_before_anything_runs(llm, prompt, message):
         with pytest.raises(InvalidRequestError):
             llm.stream(prompt)
     finally:
-        del llm._core.runner.step
+        del llm._core.runner.parts
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_no_program_is_compiled_twice_and_there_are_few(models: dict) -> None:
     for rows in range(1, 9):
         for size in (1, 2, 15, 16, 17, 100, 128):
             runner.step([tokens(size)] * rows, [0] * rows, table[:rows])
-    assert runner.compiled == len(runner.buckets.rows) * len(runner.buckets.tokens) == 12
+    assert runner.compiled == 4 + 2 * 6  # 1, 2, 4, 8 rows of one token; 1, 2, 3, 4, 6, 8 of 16 and of 128
     named: list[str] = []
     runner.on_compile = named.append
     runner.step([tokens(3), tokens(77), tokens(1)], [9, 30, 100], table[:3])
@@ -110,18 +110,19 @@ def test_mixed_batches_compile_nothing_once_their_buckets_are_warm(models: dict,
     runner = Runner(models["llama"], max_batch=8)
     table = tables(runner, 8)
 
-    def mixed(decoding: int, chunks: int) -> None:
-        rows = [tokens(1, seed=i) for i in range(decoding)] + [tokens(9 + i, seed=i) for i in range(chunks)]
+    def mixed(decoding: int, chunks: int, size: int) -> None:
+        rows = [tokens(1, seed=i) for i in range(decoding)] + [tokens(size + i, seed=i) for i in range(chunks)]
         rows = rows[::2] + rows[1::2]
         out = np.asarray(runner.step(rows, [0] * len(rows), table[: len(rows)]))
         for i, row in enumerate(rows):
             np.testing.assert_array_equal(out[i], np.asarray(runner.step([row], [0], table[:1]))[0])
 
-    mixed(4, 4)
+    for decoding, chunks in ((3, 3), (3, 4), (4, 3), (4, 4)):
+        mixed(decoding, chunks, 9)
     runner.step_all(tokens(150), 0, table[0])
     with jax.log_compiles():
-        for decoding, chunks in ((3, 3), (3, 4), (4, 3)):
-            mixed(decoding, chunks)
+        for decoding, chunks in ((3, 3), (3, 4), (4, 3), (4, 4)):
+            mixed(decoding, chunks, 11)
         for count in (147, 149):
             assert runner.step_all(tokens(count), 0, table[0]).shape == (count, runner.vocab_size)
     assert [record.message for record in caplog.records if "ompil" in record.message] == []

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from realm_jax.engine.allocator import PageAllocator
+from realm_jax.engine.buckets import PREFILL_TOKENS
 from realm_jax.engine.request import Request
 from realm_jax.engine.sampler import Drawn, DrawRow, Sampler
 from realm_jax.errors import CapacityError, InvalidRequestError
@@ -21,7 +22,7 @@ from realm_jax.text import Tokenizer
 
 _log = logging.getLogger(__name__)
 
-# Chunks of texts that it has not seen, in one call of `propose`: more would hold up those that are decoding.
+# Parts of texts that it has not seen, in one call of `propose`: more would hold up those that are decoding.
 _CATCH_UP = 4
 # Tokens it may be behind and still draft in this call: each is a row of the first step.
 _AT_ONCE = 2
@@ -199,12 +200,13 @@ class DraftModel:
     def _catch_up(self, followers: list[_Follower]) -> bool:
         """Runs texts that the draft has not seen, as far as one call may; whether there were any."""
         budget = _CATCH_UP
+        share = max(self._runner.chunk, PREFILL_TOKENS // _CATCH_UP)
         while late := [follower for follower in followers if follower.behind > _AT_ONCE][:budget]:
             chunks: list[np.ndarray] = []
             starts = [follower.cached for follower in late]
             for follower in late:
                 # All but the last token, cut where the target's own prompts are cut.
-                ends = (follower.cached // self._runner.chunk + 1) * self._runner.chunk
+                ends = follower.cached // self._runner.chunk * self._runner.chunk + share
                 stop = min(ends, follower.request.length - 1)
                 chunks.append(follower.request.tokens[follower.cached : stop])
                 follower.cached = stop

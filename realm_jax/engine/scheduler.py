@@ -55,9 +55,9 @@ class Scheduler(Generic[S]):
     Pages are taken as tokens come. When there are none, the least recently used of the prefix cache give way, then
     the sequence that started last, of the tenant that had most.
 
-    Each batch holds one token of every sequence that is decoding, so that none of them waits for a prompt, and chunks
-    of prompts up to a budget, tenants taking turns. Chunks end at multiples of `chunk` counted from a sequence's first
-    token: how a prompt is cut depends on nothing but the prompt and what of it is cached.
+    Each batch holds one token of every sequence that is decoding, so that none of them waits for a prompt, and parts
+    of prompts up to a budget, tenants taking turns. They end at multiples of `chunk` counted from a sequence's first
+    token.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class Scheduler(Generic[S]):
           slots: most sequences running at once.
           page_size: tokens per page.
           table_size: most pages per sequence.
-          chunk: most tokens of one sequence in one batch.
-          padded: from a row's number of tokens to the number it costs to run.
+          chunk: texts are cut at multiples of it.
+          padded: from a number of tokens to the number it costs to run.
           prefill_budget: padded tokens of prompts in one batch; a single chunk always fits.
           tenants: who may submit; none: one tenant of name "default".
           fair: False: first come, first served, without preemption for fairness (to compare with).
@@ -107,7 +107,7 @@ class Scheduler(Generic[S]):
         self.page_size = page_size
         self._quantum = min(QUANTUM, float(pages.total * page_size))  # well within the bound of the gap
         self._table_size = table_size
-        self._chunk = chunk
+        self.chunk = chunk
         self._padded = padded
         self._prefill_budget = prefill_budget
         self._fair = fair
@@ -272,28 +272,41 @@ class Scheduler(Generic[S]):
     # -- the rest is private
 
     def _parts(self) -> tuple[list[Row[S]], list[Row[S]]]:
-        """Rows of one token each, then chunks of prompts within the budget."""
+        """Rows of one token each, then parts of prompts within the budget: of each a share, then more as long as there
+        is room."""
         decoding: list[Row[S]] = []
-        lines: dict[str, list[Row[S]]] = {}
+        lines: dict[str, list[S]] = {}
         for s in self.running:
-            start = s.cached
-            stop = min(s.total, (start // self._chunk + 1) * self._chunk)
-            if stop == start or (s.drawn and s.total == s.limit):
+            if s.total == s.cached or (s.drawn and s.total == s.limit):
                 continue  # its last token is on its way
-            row = Row(s, start, stop, samples=stop == s.total, unread=stop > s.length)
-            if stop - start == 1:
-                decoding.append(row)
+            if s.total - s.cached == 1:
+                decoding.append(Row(s, s.cached, s.total, samples=True, unread=s.total > s.length))
             else:
-                lines.setdefault(s.tenant, []).append(row)
+                lines.setdefault(s.tenant, []).append(s)
         order = sorted(lines, key=lambda name: self.accounts[name].counter) if self._fair else list(lines)
-        chunks: list[Row[S]] = []
+        line = [lines[name] for name in order]
+        turns = list(_in_turns(line)) if self._fair else [s for one in line for s in one]
+        stops: dict[str, int] = {}
         budget = self._prefill_budget
-        for row in _in_turns([lines[name] for name in order]) if self._fair else [r for n in order for r in lines[n]]:
-            cost = self._padded(row.stop - row.start)
-            if cost <= budget or not chunks:
-                chunks.append(row)
-                budget -= cost
+        for share in (max(self.chunk, self._prefill_budget // 4), self._prefill_budget):
+            for s in turns:
+                at = stops.get(s.id, s.cached)
+                stop = self._end_of_part(s, at, share if s.id not in stops else budget, budget, bool(stops))
+                if stop > at:
+                    budget -= self._padded(stop - s.cached) - (self._padded(at - s.cached) if at > s.cached else 0)
+                    stops[s.id] = stop
+        chunks = [Row(s, s.cached, stops[s.id], samples=stops[s.id] == s.total) for s in turns if s.id in stops]
         return decoding, chunks
+
+    def _end_of_part(self, sequence: S, at: int, share: int, budget: int, others: bool) -> int:
+        """How far a prompt may be computed from `at` on with so many padded tokens; a chunk if there are no others."""
+        left = min(share, budget)
+        if self._padded(sequence.total - at) <= left:
+            return sequence.total
+        stop = (at + max(left, 0)) // self.chunk * self.chunk
+        if stop <= at:
+            return at if others else min(sequence.total, (at // self.chunk + 1) * self.chunk)
+        return min(stop, sequence.total)
 
     def _wait(self, account: Account[S], sequence: S) -> None:
         if not account.waiting:
@@ -468,7 +481,7 @@ class Scheduler(Generic[S]):
             public.append(key)
 
 
-def _in_turns(lines: list[list[Row[S]]]) -> Iterator[Row[S]]:
+def _in_turns(lines: list[list[S]]) -> Iterator[S]:
     """The first of each line, then the second of each, and so on."""
     for i in range(max(map(len, lines), default=0)):
         yield from (line[i] for line in lines if i < len(line))

@@ -15,18 +15,17 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from realm_jax.engine.allocator import PageAllocator
-from realm_jax.engine.buckets import CHUNK_SIZES
+from realm_jax.engine.buckets import PACKED_SIZES, PREFILL_TOKENS, Buckets
 from realm_jax.engine.scheduler import Row, Scheduler
 from realm_jax.engine.sequence import Sequence
 from realm_jax.engine.tenants import DECODE_COST, DEFAULT_TENANT, PREFILL_COST, Account, Tenant
 from realm_jax.errors import InvalidRequestError, QuotaError
 
-_PREFILL_CHUNKS = 4  # in one batch, as engine.loop.PREFILL_CHUNKS
 _TOKEN = 0  # what is generated: only how many tokens there are matters
 
 
@@ -164,8 +163,8 @@ def simulate(
     pages: int = 512,
     costs: StepModel | None = None,
     page_size: int = 64,
-    chunk: int = CHUNK_SIZES[-1],
-    prefill_chunks: int = _PREFILL_CHUNKS,
+    chunk: int = PACKED_SIZES[-1],
+    prefill_budget: int = PREFILL_TOKENS,
     context_length: int | None = None,
     fair: bool = True,
     until: float = math.inf,
@@ -177,7 +176,7 @@ def simulate(
       tenants: who sends them; none: one tenant, "default". Quotas count in the trace's own time.
       slots: most requests running at once. pages: of the cache, of `page_size` tokens each.
       costs: None: StepModel().
-      chunk: most tokens of one prompt in a step. prefill_chunks: most chunks in a step.
+      chunk: texts are cut at, and padded to, multiples of it. prefill_budget: most tokens of prompts in a step.
       context_length: most tokens of a request; None: what the pages hold.
       fair: False: first come, first served.
       until: seconds after which to stop, with what there is then.
@@ -188,7 +187,7 @@ def simulate(
     for name, value in (("slots", slots), ("pages", pages), ("page_size", page_size), ("chunk", chunk)):
         if value < 1:
             raise InvalidRequestError(f"{name} is {value}; accepted: an integer >= 1")
-    sizes = sorted({min(size, chunk) for size in CHUNK_SIZES} | {chunk})
+    buckets = replace(Buckets.up_to(slots, packed=True), tokens=(1, chunk))
     longest = pages * page_size if context_length is None else context_length
     scheduler: Scheduler[_Simulated] = Scheduler(
         PageAllocator(pages),
@@ -196,12 +195,12 @@ def simulate(
         page_size=page_size,
         table_size=-(-longest // page_size),
         chunk=chunk,
-        padded=lambda tokens: next(size for size in sizes if size >= tokens),
-        prefill_budget=prefill_chunks * chunk,
+        padded=buckets.padded,
+        prefill_budget=prefill_budget,
         tenants=tenants,
         fair=fair,
     )
-    return _Run(scheduler, trace, StepModel() if costs is None else costs, sizes, until).result()
+    return _Run(scheduler, trace, StepModel() if costs is None else costs, buckets, until).result()
 
 
 class _Simulated(Sequence):
@@ -237,12 +236,12 @@ class _Run:
         scheduler: Scheduler[_Simulated],
         trace: SequenceOf[Arrival],
         costs: StepModel,
-        sizes: list[int],
+        buckets: Buckets,
         until: float,
     ):
         self._scheduler = scheduler
         self._costs = costs
-        self._sizes = sizes
+        self._buckets = buckets
         self._until = until
         self._now = 0.0
         self._trace = trace
@@ -333,7 +332,7 @@ class _Run:
     def _dispatch(self, rows: list[Row[_Simulated]]) -> _Step:
         number = len(self._begun)
         lengths = [row.stop - row.start for row in rows]
-        prefill = sum(next(size for size in self._sizes if size >= n) for n in lengths if n > 1)
+        prefill = sum(self._buckets.padded(n) for n in lengths if n > 1)
         seconds = self._costs.seconds(lengths.count(1), prefill)
         begins = max(self._now, self._device_free)
         self._device_free = begins + seconds

@@ -101,9 +101,7 @@ def _measure(plan: Plan, label: str, serving: Serving, peers: list[Engine]) -> I
 def _padded(serving: Serving, lengths: list[tuple[int, int]]) -> int:
     """Tokens that the prompts' chunks are padded to."""
     runner = serving.core.runner
-    rest = [prompt % runner.chunk for prompt, _ in lengths]
-    whole = sum(prompt for prompt, _ in lengths) - sum(rest)
-    return whole + sum(runner.buckets.token_bucket(n) for n in rest if n)
+    return sum(runner.buckets.padded(prompt) for prompt, _ in lengths)
 
 
 def _prefill_rate(serving: Serving) -> float:
