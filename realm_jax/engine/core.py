@@ -137,12 +137,14 @@ class Core:
 
     def close(self) -> None:
         """Cancels what runs and lets go of the weights. RealmError when the ledger cannot be written."""
-        self.runner = None
+        runner, self.runner = self.runner, None
         if os.getpid() != self._process:  # a fork has no part in what its parent runs and counts
             return
         try:
             self.loop.close()
         finally:
+            if runner is not None:
+                runner.wait()  # a process that ends meanwhile is killed by JAX's threads
             if isinstance(self.template, ChatTemplate):
                 self.template.close()
 
