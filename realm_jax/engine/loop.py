@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from realm_jax.engine.allocator import PageAllocator
-from realm_jax.engine.buckets import Buckets
+from realm_jax.engine.buckets import PREFILL_TOKENS, Buckets
 from realm_jax.engine.ledger import Ledger, Spent
 from realm_jax.engine.prefix import chain, first_key
 from realm_jax.engine.request import Request
@@ -41,9 +41,6 @@ from realm_jax.sampling_params import shown
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Chunks of prompts in one batch: more keeps the device busier, fewer lets those that are decoding go on sooner.
-PREFILL_CHUNKS = 4
-
 
 class Batches(Protocol):
     """What the loop needs of a runner; see realm_jax.engine.runner."""
@@ -59,7 +56,7 @@ class Batches(Protocol):
     @property
     def compiled(self) -> int: ...
 
-    def step(
+    def parts(
         self,
         tokens: Sequence[np.ndarray],
         starts: Sequence[int],
@@ -69,7 +66,7 @@ class Batches(Protocol):
         last_tokens: jax.Array | None = None,
         stacks: Any = None,
         slots: np.ndarray | None = None,
-    ) -> jax.Array: ...
+    ) -> list[tuple[list[int], jax.Array]]: ...
 
     def reset(self) -> None: ...
 
@@ -78,14 +75,14 @@ class Batches(Protocol):
 class Flight:
     """A batch on its way.
 
-    rows: of the batch; at: where in what was drawn each begins. counted: the sampler has counted what was drawn, and
-    the next step can take it from the device. began: when it was dispatched. timed: it is a step of decoding alone and
-    compiled nothing, so that its time tells what such a step costs.
+    rows: of the batch; at: where among the runner's rows each begins. drawn: for which of those, and what. counted: the
+    sampler has counted what was drawn, and the next step can take it from the device. began: when it was dispatched.
+    timed: it is a step of decoding alone and compiled nothing, so that its time tells what such a step costs.
     """
 
     rows: list[Row[Request]]
     at: list[int]
-    drawn: Drawn | None
+    drawn: list[tuple[list[int], Drawn]]
     counted: bool
     began: float
     timed: bool
@@ -158,8 +155,8 @@ class HostLoop:
             page_size=runner.page_size,
             table_size=runner.max_pages_per_slot,
             chunk=runner.chunk,
-            padded=runner.buckets.token_bucket,
-            prefill_budget=PREFILL_CHUNKS * runner.chunk,
+            padded=runner.buckets.padded,
+            prefill_budget=PREFILL_TOKENS,
             tenants=tenants,
         )
         # Guards the fields below; notified at the end of every step. The scheduler, the sampler and the flight belong
@@ -607,7 +604,7 @@ class HostLoop:
                 owners.append(request)
                 draws.append(DrawRow(request, row.stop + i, row.drafts[:i], masks[i]) if row.samples else None)
         stacks, slots = self._placed(owners)
-        logits = self._runner.step(
+        parts = self._runner.parts(
             tokens,
             starts,
             np.stack(tables),
@@ -617,7 +614,11 @@ class HostLoop:
             slots=slots,
         )
         counted = not any(row.drafts for row in rows)
-        drawn = self._sampler.dispatch(logits, draws, count=counted) if any(draws) else None
+        drawn = []
+        for members, logits in parts:
+            wanted = [draws[i] for i in members]
+            if any(wanted):
+                drawn.append((members, self._sampler.dispatch(logits, wanted, count=counted)))
         for row in rows:
             self._spend(row.sequence, prompt=self.scheduler.dispatched(row))
         self._steps += 1
@@ -627,9 +628,9 @@ class HostLoop:
     def _land(self) -> None:
         """Reads what the flight has drawn and gives it to the requests."""
         flight, self._flight = self._flight, None
-        if flight is None or flight.drawn is None:
+        if flight is None or not flight.drawn:
             return
-        drawn = flight.drawn.collect()
+        drawn = {i: one for members, draws in flight.drawn for i, one in zip(members, draws.collect())}
         now = time.perf_counter()
         if self._speculator is not None and flight.timed:
             self._speculator.costs.observe(len(drawn), now - max(flight.began, self._landed))
@@ -640,7 +641,7 @@ class HostLoop:
             if not row.samples or request.done:  # a request may have ended while this was computed
                 continue
             request.drawn -= 1
-            results = drawn[at : at + 1 + len(row.drafts)]
+            results = [drawn[at + i] for i in range(1 + len(row.drafts))]
             good = accepted(row.drafts, [token for token, _ in results])
             before = request.length
             if row.drafts and request.speculation is not None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from realm_jax.cache import BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, KVPages, allocate_pages, row_dtype
-from realm_jax.engine.buckets import Buckets
+from realm_jax.engine.buckets import PREFILL_TOKENS, Buckets
 from realm_jax.engine.compile_cache import enable_compile_cache
 from realm_jax.errors import CapacityError
 from realm_jax.model.adapters import RowAdapters, Stack
@@ -20,14 +20,16 @@ from realm_jax.model.decoder import forward, logits
 from realm_jax.model.params import Model, Params
 
 Wanted = Literal["last", "all", "hidden"]
+_LOGITS_TOKENS = 128  # of one text, whose logits are brought to the host together
 OneAdapter = tuple[dict[str, Stack], int] | None  # stacks and a slot
 
 
 class Runner:
     """Runs forwards over a shared page pool.
 
-    Rows of one call are grouped by the chunk size they are padded to, so that a row's numbers depend on nothing but its
-    own sequence and how it is cut: not on the batch around it.
+    What is appended to a sequence is cut into rows of a few sizes (engine.buckets), and rows of one size run together,
+    so that a token's numbers depend on nothing but its own sequence: not on the batch around it. Rows of one sequence
+    may be in one batch, as every layer writes all keys and values before it attends.
     """
 
     def __init__(self, model: Model, *, max_batch: int = 8, cache_bytes: int | None = None):
@@ -41,8 +43,10 @@ class Runner:
         """
         self.model = model
         self.max_batch = max_batch
-        self.buckets = Buckets.up_to(max_batch)
-        self.chunk = self.buckets.tokens[-1]
+        # The native kernels give a token the same bits in a row of any size.
+        self.buckets = Buckets.up_to(max_batch, packed=model.backend == "native")
+        self.chunk = self.buckets.chunk
+        self._drawing = min(max_batch, PREFILL_TOKENS // self.buckets.tokens[1])  # texts that may end in one prefill
         self.page_size = PAGE_SIZE
         blocks = -(-model.config.context_length // BLOCK_SIZE)
         self.max_pages_per_slot = blocks * BLOCK_PAGES
@@ -76,6 +80,20 @@ class Runner:
         self._pool = None
 
     def step(
+        self, tokens: Sequence[np.ndarray], starts: Sequence[int], tables: np.ndarray, **options: Any
+    ) -> jax.Array:
+        """As `parts`, in one array: float32 [rows bucket, vocab], rows in order; those past the given are padding."""
+        parts = self.parts(tokens, starts, tables, **options)
+        if len(parts) == 1 and parts[0][0] == list(range(len(tokens))) and len(tokens[0]) == 1:
+            return parts[0][1]
+        back = np.zeros(self.buckets.row_bucket(len(tokens)), np.int32)
+        at = 0
+        for members, out in parts:
+            back[members] = at + np.arange(len(members))
+            at += out.shape[0]
+        return _in_order([out for _, out in parts], back)
+
+    def parts(
         self,
         tokens: Sequence[np.ndarray],
         starts: Sequence[int],
@@ -85,12 +103,13 @@ class Runner:
         last_tokens: jax.Array | None = None,
         stacks: dict[str, Stack] | None = None,
         slots: np.ndarray | None = None,
-    ) -> jax.Array:
-        """Appends tokens to sequences. Waits for nothing: the result is still being computed when it returns.
+    ) -> list[tuple[list[int], jax.Array]]:
+        """Appends tokens to sequences. Waits for nothing: the results are still being computed when it returns.
 
         Args:
-            tokens: per row, int32 [1 .. chunk] tokens to append.
-            starts: per row, how many tokens its sequence already has in the cache.
+            tokens: per row, int32 [1 .. PREFILL_TOKENS] tokens to append.
+            starts: per row, how many tokens its sequence already has in the cache; a multiple of `chunk` for rows of
+                several tokens, or the rows are cut elsewhere than they would be.
             tables: int32 [rows, max_pages_per_slot]; pages of each sequence, covering the new tokens. Rows of one token
                 may share a sequence, at positions that follow each other.
             source: int32 [rows], for rows of one token: where in last_tokens (int32 [max_batch + 1]) it is, -1 for
@@ -98,31 +117,36 @@ class Runner:
             stacks, slots: adapters (see model.adapters) and the slot of each row, int32 [rows], -1 for none.
 
         Returns:
-            float32 [rows bucket, vocab]: logits of the last token of each row; rows past the given ones are padding.
+            Rows, and float32 [at least as many, vocab] logits of the last token of each.
         """
-        groups: dict[int, list[int]] = {}
+        # By size: of each piece its row, where in it it begins, its tokens, and whether it is the row's last.
+        groups: dict[int, list[tuple[int, int, int, bool]]] = {}
         for i, row in enumerate(tokens):
-            groups.setdefault(self.buckets.token_bucket(len(row)), []).append(i)
+            at = 0
+            for size in self.buckets.cut(len(row)):
+                n = min(size, len(row) - at)
+                groups.setdefault(size, []).append((i, at, n, at + n == len(row)))
+                at += n
         outputs = []
-        for size, members in sorted(groups.items()):
+        for size in sorted(groups, reverse=True):  # the end of a text comes after what is before it
+            pieces = groups[size]
+            rows = [i for i, *_ in pieces]
+            ends = [at for at, (_, _, _, end) in enumerate(pieces) if end]
+            if size > 1 and len(ends) > self._drawing:
+                raise ValueError(f"{len(ends)} texts end in one prefill; accepted: {self._drawing}")
             out = self._run(
                 "last",
-                [tokens[i] for i in members],
-                [starts[i] for i in members],
-                tables[members],
+                [tokens[i][at : at + n] for i, at, n, _ in pieces],
+                [starts[i] + at for i, at, _, _ in pieces],
+                tables[rows],
                 size,
-                previous=None if source is None or last_tokens is None else (source[members], last_tokens),
-                adapters=None if stacks is None or slots is None else (stacks, slots[members]),
+                ends=ends,
+                previous=None if source is None or last_tokens is None else (source[rows], last_tokens),
+                adapters=None if stacks is None or slots is None else (stacks, slots[rows]),
             )
-            outputs.append((members, out))
-        if len(outputs) == 1:
-            return outputs[0][1]
-        back = np.zeros(self.buckets.row_bucket(len(tokens)), np.int32)
-        at = 0
-        for members, out in outputs:
-            back[members] = at + np.arange(len(members))
-            at += out.shape[0]
-        return _in_order([out for _, out in outputs], back)
+            if ends:
+                outputs.append(([rows[at] for at in ends], out))
+        return outputs
 
     def step_all(self, tokens: np.ndarray, start: int, table: np.ndarray, adapter: OneAdapter = None) -> np.ndarray:
         """Appends tokens to one sequence; float32 [T, vocab] logits at every one of them. adapter: (stacks, slot)."""
@@ -135,27 +159,30 @@ class Runner:
     def warm_up(self, stacks: dict[str, Stack] | None = None, verify: bool = False) -> None:
         """Compiles every program that steps may need, those with adapters if there are stacks, for drafts if asked."""
         for size in self.buckets.tokens:
-            # More chunks of a prompt than the budget allows come only when they are short; decoding may have drafts.
-            for rows in self.buckets.all_rows if size == 1 and verify else self.buckets.rows:
+            for rows in self.buckets.rows_of(size, verify):
                 one = np.zeros(size, np.int32)
                 table = np.zeros((rows, self.max_pages_per_slot), np.int32)
-                self._run("last", [one] * rows, [0] * rows, table, size, compile_only=True)
-                if stacks is not None:
-                    none = np.full(rows, -1, np.int32)
-                    self._run("last", [one] * rows, [0] * rows, table, size, adapters=(stacks, none), compile_only=True)
+                for adapters in [None] if stacks is None else [None, (stacks, np.full(rows, -1, np.int32))]:
+                    self._run("last", [one] * rows, [0] * rows, table, size, adapters=adapters, compile_only=True)
 
     def _run_all(
         self, wanted: Wanted, tokens: np.ndarray, start: int, table: np.ndarray, adapter: OneAdapter
     ) -> np.ndarray:
         c = self.model.config
         result = np.empty((len(tokens), c.hidden_size if wanted == "hidden" else c.vocab_size), np.float32)
-        adapters = None if adapter is None else (adapter[0], np.asarray([adapter[1]], np.int32))
-        for at in range(0, len(tokens), self.chunk):
-            part = tokens[at : at + self.chunk]
-            size = self.buckets.token_bucket(len(part))
-            out = self._run(wanted, [part], [start + at], table[None], size, adapters=adapters)
-            # Cut on the host: a slice of a jax array would be one more program for every length.
-            result[at : at + len(part)] = np.asarray(out)[0, : len(part)]
+        for at in range(0, len(tokens), _LOGITS_TOKENS):
+            part = tokens[at : at + _LOGITS_TOKENS]
+            sizes = self.buckets.cut(len(part))
+            for size in sorted(set(sizes), reverse=True):
+                begins = [i * self.chunk for i, one in enumerate(sizes) if one == size]
+                pieces = [part[begin : begin + size] for begin in begins]
+                starts = [start + at + begin for begin in begins]
+                rows = np.repeat(table[None], len(pieces), axis=0)
+                lora = None if adapter is None else (adapter[0], np.full(len(pieces), adapter[1], np.int32))
+                # Cut on the host: a slice of a jax array would be one more program for every length.
+                out = np.asarray(self._run(wanted, pieces, starts, rows, size, adapters=lora))
+                for begin, piece, values in zip(begins, pieces, out):
+                    result[at + begin : at + begin + len(piece)] = values[: len(piece)]
         return result
 
     def _run(
@@ -166,21 +193,23 @@ class Runner:
         tables: np.ndarray,
         size: int,
         *,
+        ends: Sequence[int] = (),
         previous: tuple[np.ndarray, jax.Array] | None = None,
         adapters: tuple[dict[str, Stack], np.ndarray] | None = None,
         compile_only: bool = False,
     ) -> jax.Array:
-        rows = self.buckets.row_bucket(len(tokens))
+        rows = self.buckets.row_bucket(len(tokens), size)
         ids = np.zeros((rows, size), np.int32)
         positions = np.full((rows, size), -1, np.int32)
-        last = np.zeros(rows, np.int32)
+        last = np.arange(rows, dtype=np.int32) if size == 1 else np.zeros(self._drawing, np.int32)
         table = np.zeros((rows, self.max_pages_per_slot), np.int32)
         source = np.full(rows, -1, np.int32)
         for i, (row, start) in enumerate(zip(tokens, starts, strict=True)):
             n = len(row)
             ids[i, :n] = row
             positions[i, :n] = start + np.arange(n)
-            last[i] = n - 1
+        if size > 1:
+            last[: len(ends)] = [i * size + len(tokens[i]) - 1 for i in ends]
         table[: len(tokens)] = tables
         last_tokens: Any = np.zeros(self.max_batch + 1, np.int32)
         if previous is not None:
@@ -251,9 +280,9 @@ def _run_batch(
     backend: str,
     wanted: Wanted,
 ) -> tuple[jax.Array, KVPages]:
-    """One batch: tokens and positions int32 [B, T], tables [B, pages], last, source [B] -> (result, pool).
+    """One batch: tokens and positions int32 [B, T], tables [B, pages], source [B], last [N] -> (result, pool).
 
-    The result is float32 [B, vocab] at index `last` of each row, or [B, T, vocab], or hidden states [B, T, hidden].
+    The result is float32 [N, vocab] at the tokens `last` of all B * T, [B, T, vocab], or hidden states [B, T, hidden].
     """
     if tokens.shape[1] == 1:
         tokens = jnp.where(source >= 0, last_tokens[source], tokens[:, 0])[:, None]
@@ -267,7 +296,9 @@ def _run_batch(
     if wanted == "hidden":
         return hidden, pool
     if wanted == "last":
-        hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]  # [B, hidden]
+        hidden = hidden.reshape(-1, hidden.shape[-1])[last]  # [N, hidden]
+        if lora is not None:
+            lora = RowAdapters(lora.stacks, lora.slot[last // tokens.shape[1]])
     return logits(params, config, hidden, backend=backend, lora=lora), pool
 
 
