@@ -37,7 +37,7 @@ def simulated() -> Iterator[Row]:
     fair, other = (simulate(trace, tenants, slots=SLOTS, fair=fair, until=300.0) for fair in (True, False))
     yield at_most(f"{label}worst gap of two floods", fair.worst_gap, fair.gap_bound, "virtual tokens")
     yield at_least(f"{label}worst gap in order of arrival over that", other.worst_gap / fair.worst_gap, SMALLER)
-    lights = [Arrival(3.0 + 5.17 * i, "b", LIGHT_PROMPT, LIGHT_OUTPUT) for i in range(40)]  # at any moment of a step
+    lights = [Arrival(3.0 + 8.17 * i, "b", LIGHT_PROMPT, LIGHT_OUTPUT) for i in range(25)]  # one at a time
     trace = [*lights, *[Arrival(0.0, "a", FLOOD_PROMPT, FLOOD_OUTPUT)] * 200]
     fair, other = (simulate(trace, tenants, slots=SLOTS, fair=fair) for fair in (True, False))
     quick, slow = fair.requests[: len(lights)], other.requests[: len(lights)]
