@@ -144,7 +144,7 @@ class Core:
             self.loop.close()
         finally:
             if runner is not None:
-                runner.wait()  # a process that ends meanwhile is killed by JAX's threads
+                runner.wait()  # what the device still does ends before its memory is given back
             if isinstance(self.template, ChatTemplate):
                 self.template.close()
 

@@ -249,6 +249,7 @@ class Engine:
         # JAX must not be taken down while the thread runs.
         self._at_exit = atexit.register(partial(_close, weakref.ref(self)))
         self._dropped = weakref.finalize(self, _abandon, self._core.loop, self._at_exit)
+        self._dropped.atexit = False
 
     @property
     def context_length(self) -> int:
