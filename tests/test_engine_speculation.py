@@ -206,3 +206,19 @@ def test_lookup_finds_what_repeats():
     assert result.tokens == target
     assert result.speculation.accepted == result.speculation.drafted >= 45
     assert len(runner.steps) < 20
+
+
+def test_where_nothing_repeats_the_host_runs_ahead_and_looks_again_now_and_then():
+    speculation = RequestSpeculation(4, StepCosts(lambda rows: rows))
+    read_first = 0
+    for _ in range(200):
+        if speculation.active:
+            read_first += 1
+            speculation.looked_up(False)
+        else:
+            speculation.rest()
+    assert read_first <= 8 + 200 // 9 + 1
+    while not speculation.active:
+        speculation.rest()
+    speculation.looked_up(True)
+    assert all(speculation.active for _ in range(7) if speculation.looked_up(False) is None)

@@ -552,7 +552,12 @@ class HostLoop:
         self._deadlines = [request for request in self._deadlines if not request.done]
 
     def _drafts(self, decoding: list[Request]) -> dict[str, tuple[int, ...]]:
-        wanting = [request for request in decoding if request.speculation is not None and not request.drawn]
+        wanting: list[Request] = []
+        for request in decoding:
+            if request.speculation is not None and request.drawn:  # the host runs ahead of it
+                request.speculation.rest()
+            elif request.speculation is not None:
+                wanting.append(request)
         if self._speculator is None or not wanting:
             return {}
         return self._speculator.propose(wanting, len(decoding))

@@ -10,8 +10,10 @@ from realm_jax.sampling import MAX_DRAFTS
 if TYPE_CHECKING:
     from realm_jax.engine.request import Request
 
-# A request whose drafts do not pay is left alone for so many steps; the host then runs ahead of it again.
+# A request whose drafts do not pay is left alone for so many steps, and one where look-up has found nothing so often in
+# a row for fewer: the host then runs ahead of it again.
 _PAUSE = 16
+_MISSES, _SHORT_PAUSE = 8, 8
 
 
 class RequestSpeculation:
@@ -22,6 +24,7 @@ class RequestSpeculation:
         self.stats = SpeculationStats()
         self._adaptive = Adaptive(max_drafts, costs)
         self._pause = 0
+        self._misses = 0
 
     @property
     def active(self) -> bool:
@@ -31,12 +34,22 @@ class RequestSpeculation:
     def choose(self, others: int, draft_seconds: float | None) -> int:
         """How many drafts to make now; see Adaptive."""
         if self._pause:
-            self._pause -= 1
+            self.rest()
             return 0
         k = self._adaptive.choose(others, draft_seconds)
         if k == 0:
             self._pause = _PAUSE
         return k
+
+    def rest(self) -> None:
+        """Counts a step without drafts."""
+        self._pause = max(0, self._pause - 1)
+
+    def looked_up(self, found: bool) -> None:
+        """Notes whether there was anything to propose."""
+        self._misses = 0 if found else self._misses + 1
+        if self._misses >= _MISSES:
+            self._misses, self._pause = _MISSES - 1, _SHORT_PAUSE
 
     def observe(self, drafted: int, accepted: int) -> None:
         self.stats.add(drafted, accepted)
@@ -110,7 +123,9 @@ class Speculator:
 
 def _looked_up(request: "Request", k: int) -> list[int]:
     assert request.speculation is not None
-    return request.speculation.ngram.propose(request.tokens[: request.length], k)
+    drafts = request.speculation.ngram.propose(request.tokens[: request.length], k)
+    request.speculation.looked_up(bool(drafts))
+    return drafts
 
 
 def _allowed(request: "Request", drafts: list[int]) -> list[int]:
