@@ -9,7 +9,7 @@ gets it. JAX's own kernel of this kind refuses causal masks with CUDA 12.8.0 to 
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +129,9 @@ def _kernel(
     dim, value_dim, dtype, stages = q_ref.shape[3], v_ref.shape[3], q_ref.dtype, blocks.stages
 
     def tile(*shape):
-        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+        # jax 0.12 declares these abstract for a method that has a body in name only.
+        tiling, swizzle = cast(Any, plgpu).TilingTransform((8, 64)), cast(Any, plgpu).SwizzleTransform(128)
+        return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
 
     def barriers(count, arrivals=1):
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
