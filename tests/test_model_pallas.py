@@ -56,7 +56,7 @@ def exported(model: Any, backend: str, platform: str, card: str, rows: int, size
     pool = jax.eval_shape(
         lambda: allocate_pages(c.num_layers, runner.num_pages, c.num_kv_heads, c.head_dim, c.value_dim, np.dtype(dtype))
     )
-    shapes = [(rows, size), (rows, size), (rows, runner.max_pages_per_slot), (rows,), ()]
+    shapes = [(rows, size), (rows, size), (rows, runner.max_pages_per_slot), (rows,), (), (rows,), (rows + 1,)]
     numbers = [jax.ShapeDtypeStruct(shape, np.int32) for shape in shapes]
     run = partial(runner_module._run_batch, config=c, plan=model.plan, backend=backend, wanted="last")
     device = AbstractDevice(device_kind=card, num_cores=None, platform="tpu" if platform == "tpu" else "gpu")
@@ -64,7 +64,7 @@ def exported(model: Any, backend: str, platform: str, card: str, rows: int, size
     with jax.sharding.use_abstract_mesh(device_of):
         allowed = [jax.export.DisabledSafetyCheck.custom_call(TRITON)]
         program = jax.export.export(jax.jit(run), platforms=[platform], disabled_checks=allowed)
-        return program(model.params, pool, *numbers).mlir_module(), pool.keys.size
+        return program(model.params, pool, *numbers, None).mlir_module(), pool.keys.size
 
 
 def largest_float(module: str, besides: int) -> int:
