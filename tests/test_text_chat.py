@@ -174,7 +174,7 @@ def test_a_template_works_again_after_a_timeout() -> None:
 def test_a_dead_process_is_replaced() -> None:
     template = ChatTemplate("fine")
     assert template.render(ONE) == "fine"
-    process = template._process
+    process = template._worker.process
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -199,7 +199,7 @@ def test_several_threads_share_a_template() -> None:
 def test_the_process_ends_with_the_template() -> None:
     template = ChatTemplate("x")
     template.render(ONE)
-    process = template._process
+    process = template._worker.process
     assert process is not None
     del template
     assert process.poll() is not None
@@ -209,8 +209,8 @@ def test_the_process_gets_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     template = ChatTemplate("x")
     template.render(ONE)
-    assert template._process is not None
-    with open(f"/proc/{template._process.pid}/environ", "rb") as file:
+    assert template._worker.process is not None
+    with open(f"/proc/{template._worker.process.pid}/environ", "rb") as file:
         assert b"secret" not in file.read()
 
 

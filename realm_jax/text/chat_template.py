@@ -1,25 +1,18 @@
 """Chat templates: from a list of messages to the prompt a model was trained on."""
 
-import importlib.util
-import os
 import struct
-import subprocess
-import sys
 import threading
-import weakref
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..errors import ChatTemplateError, InvalidRequestError
 from . import template_worker
-from .template_worker import read_frame, write_frame
 from .tokenizer import metadata_of
+from .worker_process import WorkerProcess
 
 MAX_SOURCE = 1 << 20
 MAX_OUTPUT = 1 << 24
 TIME_LIMIT = 5.0
-_START_LIMIT = 60.0
 _KEY = "tokenizer.chat_template"
 
 
@@ -44,9 +37,13 @@ class ChatTemplate:
         self.time_limit = time_limit
         self.max_output = max_output
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0
-        self._ender: weakref.finalize[..., Any] | None = None
+        self._worker = WorkerProcess(
+            template_worker.__file__,
+            ("jinja2", "markupsafe"),
+            serves="chat templates",
+            does="renders chat templates",
+            error=ChatTemplateError,
+        )
 
     def render(
         self,
@@ -79,91 +76,18 @@ class ChatTemplate:
 
     def close(self) -> None:
         """End the rendering process; the next rendering starts another."""
-        if self._ender is not None:
-            self._ender()
-        self._process = None
+        self._worker.close()
 
     def _ask(self, request: dict[str, Any]) -> dict[str, str]:
-        process = self._running()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        expired = threading.Event()
-
-        def expire() -> None:
-            expired.set()
-            process.kill()
-
-        timer = threading.Timer(self.time_limit, expire)
-        timer.daemon = True
-        timer.start()
-        answer = None
         try:
-            write_frame(process.stdin, request)
-            answer = read_frame(process.stdout)
+            answer, expired = self._worker.ask(request, self.time_limit)
         except UnicodeEncodeError:
             raise InvalidRequestError("messages or template variables hold a lone surrogate") from None
         except (TypeError, ValueError, RecursionError, struct.error) as error:
             raise InvalidRequestError(f"messages or template variables are not of JSON's types: {error}") from None
-        except OSError:
-            answer = None  # killed while it was written to
-        finally:
-            timer.cancel()
-            if answer is None:
-                self.close()
         if answer is None:
-            return {"error": f"it took longer than {self.time_limit:g} s" if expired.is_set() else "its process died"}
+            return {"error": f"it took longer than {self.time_limit:g} s" if expired else "its process died"}
         return answer
-
-    def _running(self) -> "subprocess.Popen[bytes]":
-        if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
-            return self._process
-        self.close()
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-S", template_worker.__file__, *_module_directories("jinja2", "markupsafe")],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env={key: os.environ[key] for key in _KEPT_ENVIRONMENT if key in os.environ},
-            )
-        except OSError as error:
-            raise ChatTemplateError(f"cannot start the process that renders chat templates: {error}") from None
-        self._process, self._owner = process, os.getpid()
-        self._ender = weakref.finalize(self, _end, process, os.getpid())
-        assert process.stdout is not None
-        timer = threading.Timer(_START_LIMIT, process.kill)
-        timer.daemon = True
-        timer.start()
-        ready = read_frame(process.stdout)
-        timer.cancel()
-        if ready is None:
-            self.close()
-            raise ChatTemplateError("cannot start the process that renders chat templates: it ended at once")
-        return process
-
-
-# The process gets what an interpreter may need to start and to tell the time, and no secrets.
-_KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG", "LC_ALL")
-
-
-def _end(process: "subprocess.Popen[bytes]", owner: int) -> None:
-    if owner != os.getpid():
-        return  # a fork of the process that started it
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()
-
-
-def _module_directories(*names: str) -> list[str]:
-    directories = []
-    for name in names:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            raise ChatTemplateError(f"chat templates need the package {name}, which is not installed")
-        directories.append(str(Path(spec.origin).parent.parent))
-    return list(dict.fromkeys(directories))
 
 
 def check_messages(messages: Any) -> None:
