@@ -166,7 +166,8 @@ class LLM:
         self._check_open()
         [wanted] = params_for(params, 1, batch=False)
         [name] = adapters_for(adapter, 1, batch=False)
-        return self._stream(self._core.tokens(prompt, "prompt"), wanted, name, adapter_scale, speculate)
+        tokens = self._core.tokens(prompt, "prompt")
+        return self._stream(self._requests(tokens, wanted, name, adapter_scale, speculate))
 
     @overload
     def chat(
@@ -219,9 +220,8 @@ class LLM:
         [wanted] = params_for(params, 1, batch=False)
         [name] = adapters_for(adapter, 1, batch=False)
         tokens = self._chat_tokens(messages, template)
-        if stream:
-            return self._stream(tokens, wanted, name, adapter_scale, speculate)
-        return self._run([self._requests(tokens, wanted, name, adapter_scale, speculate)])[0]
+        requests = self._requests(tokens, wanted, name, adapter_scale, speculate)
+        return self._stream(requests) if stream else self._run([requests])[0]
 
     def logits(self, tokens: Sequence[int] | np.ndarray, adapter: str | None = None, **options: Any) -> np.ndarray:
         """float32 [T, vocab]: the model's logits after each of T token ids, with an adapter if one is named.
@@ -397,17 +397,10 @@ class LLM:
                 self._loop.cancel(requests)
         return [_with_choices(group) for group in results]
 
-    def _stream(
-        self,
-        tokens: np.ndarray,
-        params: SamplingParams,
-        adapter: str | None,
-        adapter_scale: float,
-        speculate: bool | int | None,
-    ) -> Iterator[Piece]:
-        if params.n != 1:
-            raise InvalidRequestError(f"n is {params.n}; accepted: 1 when streaming")
-        [request] = self._requests(tokens, params, adapter, adapter_scale, speculate)
+    def _stream(self, requests: list[Request]) -> Iterator[Piece]:
+        if len(requests) != 1:
+            raise InvalidRequestError(f"n is {len(requests)}; accepted: 1 when streaming")
+        [request] = requests
 
         def pieces() -> Iterator[Piece]:
             try:

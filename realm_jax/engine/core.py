@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from realm_jax.arguments import brief, check_context_length, check_token_ids
@@ -137,14 +138,12 @@ class Core:
 
     def close(self) -> None:
         """Cancels what runs and lets go of the weights. RealmError when the ledger cannot be written."""
-        runner, self.runner = self.runner, None
+        self.runner = None
         if os.getpid() != self._process:  # a fork has no part in what its parent runs and counts
             return
         try:
             self.loop.close()
         finally:
-            if runner is not None:
-                runner.wait()  # what the device still does ends before its memory is given back
             if isinstance(self.template, ChatTemplate):
                 self.template.close()
 
@@ -233,8 +232,8 @@ class Core:
             request.slot = 0
             sampler.bind(request)
             for rows in runner.buckets.all_rows if self._drafts else runner.buckets.rows:
-                logits = np.zeros((rows, runner.vocab_size), np.float32)
-                sampler.dispatch(_on_device(logits), [DrawRow(request, 1)], count=True).collect()
+                logits = jnp.zeros((rows, runner.vocab_size), jnp.float32)
+                sampler.dispatch(logits, [DrawRow(request, 1)], count=True).collect()
 
     def _make_runner(self, model: Model, max_batch: int, cache_bytes: int, what: str = "") -> Runner:
         runner = Runner(model, max_batch=max_batch, cache_bytes=cache_bytes)
@@ -270,12 +269,6 @@ class Core:
         if self._grammars is None:
             self._grammars = GrammarTokenizer(self.tokenizer, self.config.vocab_size)
         return self._grammars.start(params)
-
-
-def _on_device(array: np.ndarray) -> Any:
-    import jax
-
-    return jax.device_put(array)
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:

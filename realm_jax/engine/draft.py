@@ -36,7 +36,6 @@ class _Follower:
 
     Attributes:
       cached: tokens of the request with keys and values in the draft's cache.
-      length: tokens the request had when it was last drafted for.
       fed: drafts that were run after those: cached, too, as far as they turn out right.
       counted: tokens of the request that the sampler's penalties know.
     """
@@ -46,7 +45,6 @@ class _Follower:
         self.pages: list[int] = []
         self.table = np.zeros(table_size, np.int32)
         self.cached = 0
-        self.length = 0
         self.fed: list[int] = []
         self.counted = 0
 
@@ -270,7 +268,7 @@ class DraftModel:
         for step, (owners, drawn) in enumerate(dispatched):
             _take(drafts, owners, drawn, step)
         for i, (follower, k) in lanes.items():
-            follower.cached = follower.length = follower.request.length
+            follower.cached = follower.request.length
             follower.fed = drafts[i][: k - 1]
         return drafts
 

@@ -23,7 +23,7 @@ from realm_jax.engine.request import Request as Running
 from realm_jax.engine.tenants import DEFAULT_TENANT, Tenant
 from realm_jax.errors import InvalidRequestError
 from realm_jax.lora import check_scale
-from realm_jax.results import FinishReason, Piece, Speculation, Timing, TokenLogprob, Usage
+from realm_jax.results import Piece
 from realm_jax.sampling_params import SamplingParams, shown
 
 
@@ -56,21 +56,11 @@ class Request:
     parse_special: bool = True
 
 
-@dataclass(frozen=True)
-class Event:
-    """What a request has produced since its last event; the last one has a finish_reason.
-
-    Attributes: of realm_jax.results.Piece, and the request's id.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Event(Piece):
+    """What a request has produced since its last event, as realm_jax.results.Piece says, and the request's id."""
 
     request_id: str
-    text: str
-    tokens: list[int]
-    logprobs: list[TokenLogprob] | None = None
-    finish_reason: FinishReason | None = None
-    usage: Usage | None = None
-    timing: Timing | None = None
-    speculation: Speculation | None = None
 
 
 @dataclass(frozen=True)
@@ -147,16 +137,7 @@ class Stream:
     def _event(self, piece: Piece) -> Event:
         if piece.finish_reason is not None:
             self._ended = True
-        return Event(
-            self.request_id,
-            piece.text,
-            piece.tokens,
-            piece.logprobs,
-            piece.finish_reason,
-            piece.usage,
-            piece.timing,
-            piece.speculation,
-        )
+        return Event(**vars(piece), request_id=self.request_id)
 
 
 def _notifier(

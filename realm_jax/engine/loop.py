@@ -143,7 +143,6 @@ class HostLoop:
           ledger: None: one in memory.
         """
         self._runner: Batches | None = runner
-        self._buckets = runner.buckets
         self._sampler = Sampler(runner.max_batch, runner.vocab_size)
         self._queue_limit = queue_limit
         self._adapters = adapters
@@ -257,7 +256,6 @@ class HostLoop:
                 self._runner = self._flight = None
                 self.scheduler.cache.forget()
                 try:
-                    self._sampler.wait()
                     self._sampler.reset()
                 finally:
                     self.ledger.close()

@@ -1,7 +1,7 @@
 """The runner: owns the page pool on the device and the compiled programs, and runs batches of sequences."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -69,11 +69,6 @@ class Runner:
         """Runs another model of the same config from now on; nothing of the old one's cache may be used."""
         self.model = model
         self._programs.clear()
-
-    def wait(self) -> None:
-        """Until what was dispatched is done, however it ended."""
-        with suppress(jax.errors.JaxRuntimeError):
-            jax.block_until_ready(self._pool)
 
     def reset(self) -> None:
         """Forgets the pool, which a failed call may have taken with it: what was cached is lost."""

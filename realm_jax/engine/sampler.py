@@ -1,7 +1,6 @@
 """The host's side of sampling: parameters of the running requests by slot, and which compiled program a batch needs."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import cast
 
@@ -87,11 +86,6 @@ class Sampler:
         """Forgets the device's state, which a failed call may have consumed; no slot may be in use."""
         self._history = None
         self.last_tokens = jnp.zeros(self._slots + 1, jnp.int32)
-
-    def wait(self) -> None:
-        """Until what was dispatched is done, however it ended."""
-        with suppress(jax.errors.JaxRuntimeError):
-            jax.block_until_ready(self.last_tokens)
 
     def bind(self, request: Request) -> None:
         """Gives a slot's parameters and history to the request that now runs in it, with what it has generated."""

@@ -103,7 +103,6 @@ class Scheduler(Generic[S]):
         self.longest_prompt = 0
         self._salts = {name: a.tenant.salt or secrets.token_bytes(32) for name, a in self.accounts.items()}
         self._free_slots = list(range(slots - 1, -1, -1))
-        self._slots = slots
         self.page_size = page_size
         self._quantum = min(QUANTUM, float(pages.total * page_size))  # well within the bound of the gap
         self._table_size = table_size
@@ -182,10 +181,9 @@ class Scheduler(Generic[S]):
         """Starts those that wait while they fit, in place of others where that is fair; returns those that now run."""
         admitted: list[S] = []
         swaps = 1  # a tenant that is behind catches up step by step: a long prompt of another's is no reason for more
-        while (sequence := self._startable(admitted, swaps)) is not None:
-            if not self._free_slots or not self._affordable(sequence):
-                victim, behind = self._victim(self.accounts[sequence.tenant], admitted, swaps)
-                assert victim is not None
+        while (start := self._startable(admitted, swaps)) is not None:
+            sequence, victim, behind = start
+            if victim is not None:
                 swaps -= behind
                 self.preempt(victim)
             account = self.accounts[sequence.tenant]
@@ -325,8 +323,9 @@ class Scheduler(Generic[S]):
         last = account if self._served_last is None else self._served_last
         account.counter = max(account.counter, min(others, default=last.counter))
 
-    def _startable(self, admitted: list[S], swaps: int) -> S | None:
-        """Who can start now: the first in line of a tenant, of the one that was served least if it can.
+    def _startable(self, admitted: list[S], swaps: int) -> tuple[S, S | None, bool] | None:
+        """Who can start now: the first in line of a tenant, of the one that was served least if it can. With it, whom
+        it takes the place of if it must, and whether because its tenant is behind.
 
         One that has a slot but no pages holds up those after it: they would take what it waits for.
         """
@@ -339,10 +338,10 @@ class Scheduler(Generic[S]):
                 self._lift(account)  # it is not the others who keep it waiting
                 continue
             if self._free_slots and self._affordable(sequence):
-                return sequence
-            victim = self._victim(account, admitted, swaps)[0] if self._fair else None
+                return sequence, None, False
+            victim, behind = self._victim(account, admitted, swaps) if self._fair else (None, False)
             if victim is not None and self._affordable(sequence, len(victim.pages)):
-                return sequence
+                return sequence, victim, behind
             if self._free_slots or not self._fair:
                 return None
         return None
