@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"cli"},
     {"bench"},
-    {"llm"},
+    {"llm", "planning", "ray_serve"},
     {"engine"},
     {"arguments", "lora", "structured"},
     {"sampling", "model"},

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.main import get_command
 
-from realm_jax.cli import inspecting, measuring, models, speaking
+from realm_jax.cli import converting, inspecting, measuring, models, planning, speaking
 from realm_jax.cli.output import line_is_open, one_line
 from realm_jax.errors import RealmError
 
@@ -26,6 +26,8 @@ app.command("inspect")(inspecting.inspect)
 app.command("tokenize")(inspecting.tokenize)
 app.command("perplexity")(measuring.perplexity)
 app.command("bench")(measuring.bench)
+app.command("convert")(converting.convert)
+app.command("plan")(planning.plan)
 app.add_typer(models.app, name="models")
 
 # The parser's own errors: typer carries its parser inside, and only the subclass BadParameter is public.
@@ -73,13 +75,13 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if os.environ.get("REALM_DEBUG") == "1":
             raise
-        message, code = _explain(error)
+        message, code = explain(error)
         _write(sys.stdout, "\n" if line_is_open() else "")
         _write(sys.stderr, f"error: {one_line(message)}\n")
         return code
 
 
-def _explain(error: Exception) -> tuple[str, int]:
+def explain(error: Exception) -> tuple[str, int]:
     """The one line to print for an error, and the exit code."""
     if isinstance(error, RealmError):
         return str(error), 2
