@@ -100,11 +100,12 @@ def fake_logits(tokens) -> np.ndarray:
 class FakeRunner:
     """Stands in for engine.runner.Runner. `before_step`, if set, is called with each step's rows."""
 
-    def __init__(self, max_batch=4, num_pages=64, max_pages_per_slot=16, chunk=CHUNK):
+    def __init__(self, max_batch=4, num_pages=64, max_pages_per_slot=16, chunk=CHUNK, regions=1):
         self.max_batch = max_batch
         self.chunk = chunk
         self.page_size = PAGE
         self.num_pages = num_pages
+        self.regions = regions
         self.max_pages_per_slot = max_pages_per_slot
         self.vocab_size = VOCAB
         self.buckets = replace(Buckets.up_to(max_batch), tokens=(1, 4, chunk))

@@ -20,7 +20,7 @@ from tiny_models import TensorSpec, tiny_spec, write_spec
 
 from realm_jax import LLM, SamplingParams
 from realm_jax.cli.app import run
-from realm_jax.engine import runner as runner_module
+from realm_jax.engine import executor as executor_module
 from realm_jax.engine.compile_cache import enable_compile_cache
 from realm_jax.errors import CapacityError, GGUFError, InvalidRequestError, RealmError, UnsupportedModelError
 from realm_jax.gguf import GGMLType, open_gguf
@@ -228,9 +228,9 @@ def test_running_out_of_memory_on_the_device_ends_a_request_only(llm, monkeypatc
     def exhausted(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.\nmore")
 
-    llm._core.runner._pool = None
+    llm._core.runner.reset()
     with monkeypatch.context() as patch:
-        patch.setattr(runner_module, "allocate_pages", exhausted)
+        patch.setattr(executor_module, "allocate_pages", exhausted)
         with pytest.raises(CapacityError, match=r"out of memory .*8589934592 bytes") as caught:
             llm.generate("the cat", GREEDY)
     assert "\n" not in str(caught.value)

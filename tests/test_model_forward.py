@@ -1,5 +1,6 @@
 """The forward through the runner: pages, chunks, batches and programs."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 
-from realm_jax.engine import runner as runner_module
+from realm_jax.engine.programs import run_batch
 from realm_jax.engine.runner import Runner
 from realm_jax.errors import BackendError
 from realm_jax.model import load_model
@@ -87,8 +88,8 @@ def test_rows_of_others_are_never_read(models: dict, case: str) -> None:
     runner = Runner(models[case], max_batch=2)
     ids, table = tokens(40), tables(runner, 2)
     clean = np.asarray(runner.step([ids], [0], table[:1]))[0]
-    poisoned = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), runner._pool)
-    runner._pool = poisoned
+    poisoned = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), runner.executor.pool)
+    runner.executor.pool = poisoned
     np.testing.assert_array_equal(np.asarray(runner.step([ids], [0], table[:1]))[0], clean)
 
 
@@ -100,7 +101,7 @@ def test_no_program_is_compiled_twice_and_there_are_few(models: dict) -> None:
             runner.step([tokens(size)] * rows, [0] * rows, table[:rows])
     assert runner.compiled == 4 + 2 * 6  # 1, 2, 4, 8 rows of one token; 1, 2, 3, 4, 6, 8 of 16 and of 128
     named: list[str] = []
-    runner.on_compile = named.append
+    runner.executor.on_compile = named.append
     runner.step([tokens(3), tokens(77), tokens(1)], [9, 30, 100], table[:3])
     assert named == []
 
@@ -132,14 +133,12 @@ def jaxpr_of(model, rows: int, size: int) -> jax.extend.core.ClosedJaxpr:
     runner = Runner(model, max_batch=rows)
     captured = {}
 
-    def program(wanted, rows, size, args):
-        run = runner_module.partial(
-            runner_module._run_batch, config=model.config, plan=model.plan, backend="xla", wanted=wanted
-        )
+    def program(wanted, args):
+        run = partial(run_batch, config=model.config, plan=model.plan, backend="xla", wanted=wanted)
         captured["jaxpr"] = jax.make_jaxpr(run)(*args)
         raise StopIteration
 
-    runner._program = program
+    runner.executor._program = program
     with pytest.raises(StopIteration):
         runner._run("last", [tokens(size)] * rows, [0] * rows, tables(runner, rows), size)
     return captured["jaxpr"]

@@ -36,10 +36,10 @@ def table(r: Runner, row: int) -> np.ndarray:
 
 def cached(r: Runner, row: int, tokens: int) -> list[np.ndarray]:
     """The first `tokens` cached rows of a sequence, of every layer, as bytes."""
-    assert r._pool is not None
+    assert r.executor.pool is not None
     pages = table(r, row)[: -(-tokens // r.page_size)]
     out = []
-    for a in (r._pool.keys, r._pool.values):
+    for a in (r.executor.pool.keys, r.executor.pool.values):
         if not a.shape[-1]:  # latent attention has no values of its own
             continue
         rows = np.asarray(a)[:, pages].swapaxes(1, 2)  # [layers, kv_heads, pages, page, dim]

@@ -14,7 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from test_quant_matmul import nmse
 
 from realm_jax.cache import allocate_pages
-from realm_jax.engine import runner as runner_module
+from realm_jax.engine.programs import run_batch
 from realm_jax.engine.runner import Runner
 from realm_jax.model import load_model
 
@@ -58,7 +58,7 @@ def exported(model: Any, backend: str, platform: str, card: str, rows: int, size
     )
     shapes = [(rows, size), (rows, size), (rows, runner.max_pages_per_slot), (rows,), (), (rows,), (rows + 1,)]
     numbers = [jax.ShapeDtypeStruct(shape, np.int32) for shape in shapes]
-    run = partial(runner_module._run_batch, config=c, plan=model.plan, backend=backend, wanted="last")
+    run = partial(run_batch, config=c, plan=model.plan, backend=backend, wanted="last")
     device = AbstractDevice(device_kind=card, num_cores=None, platform="tpu" if platform == "tpu" else "gpu")
     device_of = AbstractMesh((1,), ("x",), abstract_device=device)
     with jax.sharding.use_abstract_mesh(device_of):

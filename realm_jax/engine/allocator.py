@@ -6,31 +6,50 @@ from realm_jax.errors import CapacityError
 
 
 class PageAllocator:
-    """Hands out page numbers 0 .. total-1, counts who holds each, and takes it back when nobody does."""
+    """Hands out page numbers 0 .. total-1, counts who holds each, and takes it back when nobody does.
 
-    def __init__(self, total: int):
+    They lie in regions of equal size, one after another, as the pool does on the devices of a mesh's data axis.
+    """
+
+    def __init__(self, total: int, regions: int = 1):
+        if total % regions:
+            raise ValueError(f"{total} pages do not divide into {regions} regions")
         self.total = total
-        self._free = list(range(total - 1, -1, -1))
+        self.regions = regions
+        size = self.region_size
+        self._free = [list(range((r + 1) * size - 1, r * size - 1, -1)) for r in range(regions)]
         self._holders: dict[int, int] = {}
+
+    @property
+    def region_size(self) -> int:
+        return self.total // self.regions
 
     @property
     def free(self) -> int:
         """Pages that nobody holds."""
-        return len(self._free)
+        return sum(map(len, self._free))
+
+    def free_in(self, region: int) -> int:
+        """Those of one region."""
+        return len(self._free[region])
+
+    def region_of(self, page: int) -> int:
+        return page // self.region_size
 
     def holders(self, page: int) -> int:
         """How many hold a page; 0 for a free one."""
         return self._holders.get(page, 0)
 
-    def allocate(self, count: int) -> list[int]:
-        """`count` distinct pages, each with one holder.
+    def allocate(self, count: int, region: int = 0) -> list[int]:
+        """`count` distinct pages of a region, each with one holder.
 
         Raises:
           CapacityError: fewer are free; nothing is taken.
         """
-        if count > len(self._free):
-            raise CapacityError(f"{count} pages are needed; {len(self._free)} of {self.total} are free")
-        pages = [self._free.pop() for _ in range(count)]
+        free = self._free[region]
+        if count > len(free):
+            raise CapacityError(f"{count} pages are needed; {len(free)} of {self.region_size} are free")
+        pages = [free.pop() for _ in range(count)]
         self._holders.update(dict.fromkeys(pages, 1))
         return pages
 
@@ -47,7 +66,7 @@ class PageAllocator:
             self._holders[page] -= 1
             if not self._holders[page]:
                 del self._holders[page]
-                self._free.append(page)
+                self._free[self.region_of(page)].append(page)
 
     def _held(self, pages: Iterable[int]) -> list[int]:
         pages = list(pages)

@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from realm_jax.arguments import brief, check_context_length, check_token_ids
+from realm_jax.checkpoint import open_model
 from realm_jax.engine.draft import DraftModel
+from realm_jax.engine.follower import Leader
 from realm_jax.engine.ledger import Ledger
 from realm_jax.engine.loop import HostLoop
 from realm_jax.engine.request import Request, choice_seed
@@ -19,16 +22,19 @@ from realm_jax.engine.sampler import DrawRow, Sampler
 from realm_jax.engine.speculation import DEFAULT_DRAFTS
 from realm_jax.engine.speculator import Speculator
 from realm_jax.engine.tenants import DEFAULT_TENANT, Tenant
-from realm_jax.errors import ChatTemplateError, InvalidRequestError
-from realm_jax.gguf import open_gguf
+from realm_jax.errors import ChatTemplateError, ClusterError, InvalidRequestError
 from realm_jax.interrupt import interrupt_deferred
 from realm_jax.lora import AdapterStore, MergeReport, merge
 from realm_jax.model import Model, check_model, load_model
 from realm_jax.model.backend import resolve_backend
 from realm_jax.model.capacity import cache_budget
+from realm_jax.model.config import ModelConfig
+from realm_jax.model.partition import auto_mesh, tensor_blocks
+from realm_jax.model.tensors import TensorSpec
 from realm_jax.registry import resolve
 from realm_jax.sampling import MAX_DRAFTS
 from realm_jax.sampling_params import SamplingParams, shown
+from realm_jax.sharding.mesh import MeshShape
 from realm_jax.text import ChatTemplate, load_chat_template, load_tokenizer
 
 if TYPE_CHECKING:
@@ -66,8 +72,7 @@ class Core:
         progress: Progress | None = None,
     ):
         """Loads a model; arguments and errors: see realm_jax.LLM and realm_jax.Engine."""
-        if mesh is not None:
-            raise InvalidRequestError("mesh is not supported in this version; accepted: None")
+        _check_mesh(mesh)
         max_batch = _integer("max_batch", max_batch, 1, MAX_BATCH)
         if queue_limit is not None:
             queue_limit = _integer("queue_limit", queue_limit, 0, MAX_QUEUE)
@@ -82,12 +87,15 @@ class Core:
         kernels = resolve_backend(backend)
         if not isinstance(model, (str, Path)) or not str(model):
             raise InvalidRequestError(f"model is {brief(model)}; accepted: a path, a model's name or a repository id")
-        with open_gguf(resolve(model, progress)) as file:
+        with open_model(resolve(model, progress)) as file:
             self.path = Path(file.path)
             with interrupt_deferred():
-                check_model(file, context_length)  # before the tokenizer, and both before the weights, which take long
+                # Before the tokenizer, and both before the weights, which take long.
+                checked = check_model(file, context_length)
+                shape = _mesh_shape(mesh, file, *checked)
                 self.tokenizer = load_tokenizer(file)
-            loaded = load_model(file, context_length, progress, backend=kernels)
+            leader = _lead(shape, model, self.path, context_length=context_length, backend=kernels)
+            loaded = load_model(file, context_length, progress, backend=kernels, mesh=shape)
             self.template: ChatTemplate | ChatTemplateError
             try:
                 self.template = load_chat_template(file)
@@ -97,9 +105,9 @@ class Core:
         self._process = os.getpid()
         self._progress = progress
         self._grammars: GrammarTokenizer | None = None  # made when the first request needs it
-        store = AdapterStore(loaded, device_slots=max_batch)
-        for name, path in (adapters or {}).items():
-            store.load(name, path)
+        if leader is not None:
+            leader.wait()
+        self._tell = None if leader is None else leader.tell
         self._drafts = draft is not None
         small = None
         if draft is not None and str(draft) != "ngram":
@@ -107,7 +115,10 @@ class Core:
         budget = cache_budget() if cache_bytes is None else cache_bytes
         if small is not None:  # pages of both, as many of each
             budget = budget * page_bytes(loaded) // (page_bytes(loaded) + page_bytes(small))
-        runner = self._make_runner(loaded, max_batch, budget)
+        runner = self._make_runner(loaded, max_batch, budget, tell=self._tell)
+        store = AdapterStore(loaded, device_slots=max_batch, tell=self._tell)
+        for name, path in (adapters or {}).items():
+            store.load(name, path)
         self.runner: Runner | None = runner
         self._draft = None
         if small is not None:
@@ -144,6 +155,9 @@ class Core:
         try:
             self.loop.close()
         finally:
+            tell, self._tell = self._tell, None
+            if tell is not None:
+                tell("close")
             if isinstance(self.template, ChatTemplate):
                 self.template.close()
 
@@ -201,6 +215,8 @@ class Core:
     def merge_adapter(self, name: str, format: Any, scale: float) -> MergeReport:
         """See LLM.merge_adapter."""
         runner = self.check_open()
+        if runner.model.mesh is not None:
+            raise InvalidRequestError("merging is not supported on a mesh; accepted: a model on one device")
 
         def change() -> MergeReport:
             with self.loop.held_adapter(name) as adapter:
@@ -216,7 +232,8 @@ class Core:
         self.loop.exclusively(1, lambda table: self._warm_up(runner))
 
     def _warm_up(self, runner: Runner) -> None:
-        runner.warm_up(self.loop.adapter_stacks(), verify=self._drafts)
+        with self.loop.adapter_stacks() as stacks:
+            runner.warm_up(stacks, verify=self._drafts)
         if self._draft is not None:
             self._draft.warm_up()
         sampler = Sampler(runner.max_batch, runner.vocab_size)
@@ -231,19 +248,21 @@ class Core:
             [request] = self.requests(np.zeros(1, np.int32), params, tenant=anybody, speculate=False)
             request.slot = 0
             sampler.bind(request)
-            for rows in runner.buckets.all_rows if self._drafts else runner.buckets.rows:
+            for rows in runner.logit_rows(self._drafts):
                 logits = jnp.zeros((rows, runner.vocab_size), jnp.float32)
                 sampler.dispatch(logits, [DrawRow(request, 1)], count=True).collect()
 
-    def _make_runner(self, model: Model, max_batch: int, cache_bytes: int, what: str = "") -> Runner:
-        runner = Runner(model, max_batch=max_batch, cache_bytes=cache_bytes)
+    def _make_runner(
+        self, model: Model, max_batch: int, cache_bytes: int, what: str = "", tell: Callable[..., None] | None = None
+    ) -> Runner:
+        runner = Runner(model, max_batch=max_batch, cache_bytes=cache_bytes, tell=tell)
         if self._progress is not None:
             progress = self._progress
-            runner.on_compile = lambda shape: progress(f"compiling {what}for {shape}", 0, 0)
+            runner.executor.on_compile = lambda shape: progress(f"compiling {what}for {shape}", 0, 0)
         return runner
 
     def _load_draft(self, draft: str | Path, backend: str, progress: Progress | None) -> Model:
-        with open_gguf(resolve(draft, progress)) as file:
+        with open_model(resolve(draft, progress)) as file:
             with interrupt_deferred():
                 config, _ = check_model(file, None)
                 DraftModel.check_vocabulary(self.tokenizer, load_tokenizer(file))
@@ -275,6 +294,34 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
         raise InvalidRequestError(f"{name} is {shown(value)}; accepted: an integer from {low} to {high}")
     return int(value)
+
+
+def _check_mesh(mesh: Any) -> None:
+    if mesh is None or mesh == "auto":
+        return
+    if not isinstance(mesh, str):
+        raise InvalidRequestError(f'mesh is {brief(mesh)}; accepted: a text such as "tensor=4,data=2", "auto", or None')
+    MeshShape.parse(mesh)
+
+
+def _mesh_shape(mesh: str | None, file: Any, config: ModelConfig, specs: list[TensorSpec]) -> MeshShape | None:
+    """What the user's mesh means for a model; None: one device."""
+    if mesh is None:
+        return None
+    if mesh == "auto":
+        shape = auto_mesh(config, specs, tensor_blocks(file.tensors, specs), jax.device_count())
+    else:
+        shape = MeshShape.parse(mesh)
+    return None if shape.devices == 1 else shape
+
+
+def _lead(mesh: MeshShape | None, model: str | Path, path: Path, **options: Any) -> Leader | None:
+    """In a job of several processes, process 0's end of it, where the others load the model by now; else None."""
+    if mesh is None or jax.process_count() == 1:
+        return None
+    if jax.process_index():
+        raise ClusterError(f"process {jax.process_index()} of the job makes a model on a mesh; only process 0 does")
+    return Leader(model, path, mesh=str(mesh), **options)
 
 
 def _check_adapters(adapters: Any) -> None:

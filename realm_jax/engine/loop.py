@@ -49,6 +49,7 @@ class Batches(Protocol):
     chunk: int
     page_size: int
     num_pages: int
+    regions: int
     max_pages_per_slot: int
     vocab_size: int
     buckets: Buckets
@@ -149,7 +150,7 @@ class HostLoop:
         self._speculator = speculator
         self.ledger = ledger if ledger is not None else Ledger()
         self.scheduler: Scheduler[Request] = Scheduler(
-            PageAllocator(runner.num_pages),
+            PageAllocator(runner.num_pages, runner.regions),
             slots=runner.max_batch,
             page_size=runner.page_size,
             table_size=runner.max_pages_per_slot,
@@ -293,7 +294,7 @@ class HostLoop:
         done: list[T] = []
 
         def turn() -> None:
-            if self.scheduler.pages_for(tokens) > self.scheduler.available:
+            if not self.scheduler.reservable(tokens):
                 self._step()  # those that run will end and give back theirs
                 return
             pages, table = self.scheduler.reserve(tokens)
@@ -342,10 +343,11 @@ class HostLoop:
         with self._adapter_lock:
             self._loaded_adapters().get(name)
 
-    def adapter_stacks(self) -> Any:
-        """The stacks of the device, None while no adapter is loaded."""
+    @contextmanager
+    def adapter_stacks(self) -> Iterator[Any]:
+        """The stacks of the device, None while no adapter is loaded; others wait to load theirs."""
         with self._adapter_lock:
-            return None if self._adapters is None else self._adapters.stacks
+            yield None if self._adapters is None else self._adapters.stacks
 
     def load_adapter(self, name: str, path: Any, scale: float = 1.0) -> None:
         """Loads or replaces an adapter, also while requests run: those keep what they started with. AdapterError."""
@@ -606,20 +608,21 @@ class HostLoop:
                 tables.append(request.table)
                 owners.append(request)
                 draws.append(DrawRow(request, row.stop + i, row.drafts[:i], masks[i]) if row.samples else None)
-        stacks, slots = self._placed(owners)
-        parts = self._runner.parts(
-            tokens,
-            starts,
-            np.stack(tables),
-            source=np.asarray(source, np.int32),
-            last_tokens=self._sampler.last_tokens,
-            stacks=stacks,
-            slots=slots,
-        )
+        with self._adapter_lock:  # until the step is on its way: loading may make other stacks
+            stacks, slots = self._placed(owners)
+            parts = self._runner.parts(
+                tokens,
+                starts,
+                np.stack(tables),
+                source=np.asarray(source, np.int32),
+                last_tokens=self._sampler.last_tokens,
+                stacks=stacks,
+                slots=slots,
+            )
         counted = not any(row.drafts for row in rows)
         drawn = []
         for members, logits in parts:
-            wanted = [draws[i] for i in members]
+            wanted = [draws[i] if i >= 0 else None for i in members]
             if any(wanted):
                 drawn.append((members, self._sampler.dispatch(logits, wanted, count=counted)))
         for row in rows:

@@ -63,11 +63,7 @@ class PrefixCache:
 
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """Pages of the longest run of keys, from the first one, that are here; the caller holds them from now on."""
-        found = []
-        for key in keys:
-            if key not in self._entries:
-                break
-            found.append(key)
+        found = keys[: self.held(keys)]
         self.touch(found)
         pages = [self._entries[key].page for key in found]
         self._pages.retain(pages)
@@ -87,22 +83,31 @@ class PrefixCache:
         self._entries[key] = _Entry(page, owner)
         self._by_owner.setdefault(owner, set()).add(page)
 
+    def held(self, keys: Sequence[bytes]) -> int:
+        """How many of the keys, from the first one on, are here."""
+        return next((i for i, key in enumerate(keys) if key not in self._entries), len(keys))
+
     @property
     def evictable(self) -> int:
         """Pages that only the cache holds."""
-        return sum(self._pages.holders(entry.page) == 1 for entry in self._entries.values())
+        return sum(map(self.evictable_in, range(self._pages.regions)))
 
-    def evict(self, count: int, tenant: str | None, own_only: bool = False) -> int:
+    def evictable_in(self, region: int) -> int:
+        """Those of one region."""
+        pages = (entry.page for entry in self._entries.values())
+        return sum(self._pages.region_of(page) == region and self._pages.holders(page) == 1 for page in pages)
+
+    def evict(self, count: int, tenant: str | None, own_only: bool = False, region: int | None = None) -> int:
         """Gives up to `count` pages back that nobody else holds, for a tenant's sake; returns how many.
 
         Other tenants keep their floors; with `own_only` they keep everything. For None, the operator's sake, nobody
-        keeps anything.
+        keeps anything. region: of the pages; None: all.
         """
         freed = 0
         for key, entry in list(self._entries.items()):
             if freed == count:
                 break
-            if self._pages.holders(entry.page) != 1:
+            if self._pages.holders(entry.page) != 1 or region not in (None, self._pages.region_of(entry.page)):
                 continue
             if tenant is not None and entry.owner != tenant:
                 floor = self.floors.get(entry.owner, 0) if entry.owner is not None else 0

@@ -1,25 +1,22 @@
-"""The runner: owns the page pool on the device and the compiled programs, and runs batches of sequences."""
+"""The runner: cuts what is appended to sequences into rows and batches of a few sizes, and has them executed."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from realm_jax.cache import BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, KVPages, allocate_pages, row_dtype
+from realm_jax.cache import BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, row_dtype
 from realm_jax.engine.buckets import PREFILL_TOKENS, Buckets
 from realm_jax.engine.compile_cache import enable_compile_cache
-from realm_jax.errors import CapacityError
-from realm_jax.model.adapters import RowAdapters, Stack
-from realm_jax.model.attention import CacheView
+from realm_jax.engine.executor import Batch, Executor, as_message
+from realm_jax.engine.programs import Wanted
+from realm_jax.errors import InvalidRequestError
+from realm_jax.model.adapters import Stack
 from realm_jax.model.capacity import cache_budget
-from realm_jax.model.decoder import forward, logits
-from realm_jax.model.params import Model, Params
+from realm_jax.model.params import Model
 
-Wanted = Literal["last", "all", "hidden"]
 _LOGITS_TOKENS = 128  # of one text, whose logits are brought to the host together
 OneAdapter = tuple[dict[str, Stack], int] | None  # stacks and a slot
 
@@ -32,17 +29,31 @@ class Runner:
     may be in one batch, as every layer writes all keys and values before it attends.
     """
 
-    def __init__(self, model: Model, *, max_batch: int = 8, cache_bytes: int | None = None):
+    def __init__(
+        self,
+        model: Model,
+        *,
+        max_batch: int = 8,
+        cache_bytes: int | None = None,
+        tell: Callable[..., None] | None = None,
+    ):
         """Allocates nothing on the device until the first step.
 
         Args:
             model: the model; the kernels are of the backend it was loaded for.
             max_batch: most sequences in one call.
-            cache_bytes: of the page pool; None: by the memory that is free. It holds one sequence of the whole context
-                at least, and max_batch of them at most.
+            cache_bytes: of the page pool on one device; None: by the memory that is free. Each region holds one
+                sequence of the whole context at least, and all its slots' at most.
+            tell: tell(kind, **fields) is called with all that the executors of other processes must do as well, before
+                this one's does; see engine.follower.
+
+        Raises:
+            InvalidRequestError: max_batch does not divide by the data axis of the mesh.
         """
-        self.model = model
         self.max_batch = max_batch
+        self.regions = model.partition.mesh.data
+        if max_batch % self.regions:
+            raise InvalidRequestError(f"max_batch is {max_batch}; accepted on data={self.regions}: a multiple of it")
         # The native kernels give a token the same bits in a row of any size.
         self.buckets = Buckets.up_to(max_batch, packed=model.backend == "native")
         self.chunk = self.buckets.chunk
@@ -50,29 +61,35 @@ class Runner:
         self.page_size = PAGE_SIZE
         blocks = -(-model.config.context_length // BLOCK_SIZE)
         self.max_pages_per_slot = blocks * BLOCK_PAGES
-        self.row_dtype = row_dtype(model.backend)
         budget = cache_budget() if cache_bytes is None else cache_bytes
         affordable = max(self.max_pages_per_slot, budget // page_bytes(model))
-        self.num_pages = min(self.max_pages_per_slot * max_batch, affordable)
+        self._region_pages = min(self.max_pages_per_slot * (max_batch // self.regions), affordable)
+        self.num_pages = self._region_pages * self.regions
         self.vocab_size = model.config.vocab_size
-        self._pool: KVPages | None = None
-        self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self.on_compile: Callable[[str], None] | None = None
+        self.executor = Executor(model, max_batch=max_batch, num_pages=self.num_pages)
+        self._tell = tell
+        if tell is not None:
+            tell("serve", max_batch=max_batch, num_pages=self.num_pages)
         enable_compile_cache()
+
+    @property
+    def model(self) -> Model:
+        return self.executor.model
 
     @property
     def compiled(self) -> int:
         """Programs compiled so far."""
-        return len(self._programs)
+        return self.executor.compiled
 
     def swap(self, model: Model) -> None:
         """Runs another model of the same config from now on; nothing of the old one's cache may be used."""
-        self.model = model
-        self._programs.clear()
+        self.executor.swap(model)
 
     def reset(self) -> None:
         """Forgets the pool, which a failed call may have taken with it: what was cached is lost."""
-        self._pool = None
+        if self._tell is not None:
+            self._tell("reset")
+        self.executor.pool = None
 
     def step(
         self, tokens: Sequence[np.ndarray], starts: Sequence[int], tables: np.ndarray, **options: Any
@@ -82,11 +99,17 @@ class Runner:
         if len(parts) == 1 and parts[0][0] == list(range(len(tokens))) and len(tokens[0]) == 1:
             return parts[0][1]
         back = np.zeros(self.buckets.row_bucket(len(tokens)), np.int32)
-        at = 0
+        first = 0
         for members, out in parts:
-            back[members] = at + np.arange(len(members))
-            at += out.shape[0]
+            for at, row in enumerate(members):
+                if row >= 0:
+                    back[row] = first + at
+            first += out.shape[0]
         return _in_order([out for _, out in parts], back)
+
+    def logit_rows(self, verify: bool = False) -> tuple[int, ...]:
+        """How many rows of logits steps of decoding may give; verify: with drafts, too."""
+        return tuple(n * self.regions for n in (self.buckets.all_rows if verify else self.buckets.rows))
 
     def parts(
         self,
@@ -112,7 +135,7 @@ class Runner:
             stacks, slots: adapters (see model.adapters) and the slot of each row, int32 [rows], -1 for none.
 
         Returns:
-            Rows, and float32 [at least as many, vocab] logits of the last token of each.
+            Rows, -1 for padding among them, and float32 [at least as many, vocab] logits of the last token of each.
         """
         # By size: of each piece its row, where in it it begins, its tokens, and whether it is the row's last.
         groups: dict[int, list[tuple[int, int, int, bool]]] = {}
@@ -129,7 +152,7 @@ class Runner:
             ends = [at for at, (_, _, _, end) in enumerate(pieces) if end]
             if size > 1 and len(ends) > self._drawing:
                 raise ValueError(f"{len(ends)} texts end in one prefill; accepted: {self._drawing}")
-            out = self._run(
+            out, at_row = self._run(
                 "last",
                 [tokens[i][at : at + n] for i, at, n, _ in pieces],
                 [starts[i] + at for i, at, _, _ in pieces],
@@ -140,7 +163,10 @@ class Runner:
                 adapters=None if stacks is None or slots is None else (stacks, slots[rows]),
             )
             if ends:
-                outputs.append(([rows[at] for at in ends], out))
+                members = [-1] * (max(at_row) + 1)
+                for end, at in zip(ends, at_row):
+                    members[at] = rows[end]
+                outputs.append((members, out))
         return outputs
 
     def step_all(self, tokens: np.ndarray, start: int, table: np.ndarray, adapter: OneAdapter = None) -> np.ndarray:
@@ -163,7 +189,7 @@ class Runner:
     def _run_all(
         self, wanted: Wanted, tokens: np.ndarray, start: int, table: np.ndarray, adapter: OneAdapter
     ) -> np.ndarray:
-        c = self.model.config
+        c = self.executor.model.config
         result = np.empty((len(tokens), c.hidden_size if wanted == "hidden" else c.vocab_size), np.float32)
         for at in range(0, len(tokens), _LOGITS_TOKENS):
             part = tokens[at : at + _LOGITS_TOKENS]
@@ -175,9 +201,10 @@ class Runner:
                 rows = np.repeat(table[None], len(pieces), axis=0)
                 lora = None if adapter is None else (adapter[0], np.full(len(pieces), adapter[1], np.int32))
                 # Cut on the host: a slice of a jax array would be one more program for every length.
-                out = np.asarray(self._run(wanted, pieces, starts, rows, size, adapters=lora))
-                for begin, piece, values in zip(begins, pieces, out):
-                    result[at + begin : at + begin + len(piece)] = values[: len(piece)]
+                out, at_row = self._run(wanted, pieces, starts, rows, size, adapters=lora)
+                values = np.asarray(out)
+                for begin, piece, i in zip(begins, pieces, at_row):
+                    result[at + begin : at + begin + len(piece)] = values[i, : len(piece)]
         return result
 
     def _run(
@@ -192,109 +219,62 @@ class Runner:
         previous: tuple[np.ndarray, jax.Array] | None = None,
         adapters: tuple[dict[str, Stack], np.ndarray] | None = None,
         compile_only: bool = False,
-    ) -> jax.Array:
-        rows = self.buckets.row_bucket(len(tokens), size)
+    ) -> tuple[jax.Array, list[int]]:
+        """Runs rows of one size; the result, and where in it each row, or for "last" each of `ends`, is."""
+        per_region, at = self._places(tables, size)
+        rows = per_region * self.regions
         ids = np.zeros((rows, size), np.int32)
         positions = np.full((rows, size), -1, np.int32)
-        last = np.arange(rows, dtype=np.int32) if size == 1 else np.zeros(self._drawing, np.int32)
+        last = np.tile(np.arange(per_region, dtype=np.int32), self.regions)
         table = np.zeros((rows, self.max_pages_per_slot), np.int32)
         source = np.full(rows, -1, np.int32)
-        for i, (row, start) in enumerate(zip(tokens, starts, strict=True)):
+        for i, row, start in zip(at, tokens, starts, strict=True):
             n = len(row)
             ids[i, :n] = row
             positions[i, :n] = start + np.arange(n)
         if size > 1:
-            last[: len(ends)] = [i * size + len(tokens[i]) - 1 for i in ends]
-        table[: len(tokens)] = tables
-        last_tokens: Any = np.zeros(self.max_batch + 1, np.int32)
+            last = np.zeros(self._drawing * self.regions, np.int32)
+            found = [0] * self.regions
+            ends_at = []
+            for i in ends:
+                region, local = divmod(at[i], per_region)
+                ends_at.append(region * self._drawing + found[region])
+                last[ends_at[-1]] = local * size + len(tokens[i]) - 1
+                found[region] += 1
+        table[at] = tables % self._region_pages
         if previous is not None:
-            source[: len(tokens)], last_tokens = previous
-        lora = None
+            source[at] = previous[0]
+        slots = None
         if adapters is not None:
             slots = np.full(rows, -1, np.int32)
-            slots[: len(tokens)] = adapters[1]
-            lora = RowAdapters(adapters[0], slots)  # type: ignore[arg-type]  # numpy will do
-        blocks = np.int32(-(-(int(positions.max()) + 1) // BLOCK_SIZE))
-        with _naming_lack_of_memory():
-            if self._pool is None:
-                c = self.model.config
-                shape = (c.num_layers, self.num_pages, c.num_kv_heads, c.head_dim, c.value_dim)
-                self._pool = allocate_pages(*shape, self.row_dtype)
-            args = (self.model.params, self._pool, ids, positions, table, last, blocks, source, last_tokens, lora)
-            program = self._program(wanted, rows, size, args)
-            if compile_only:
-                return jnp.zeros(0)
-            self._pool = None  # donated: if the call fails, what was cached is lost; the next call makes a fresh pool
-            out, self._pool = program(*args)
-        return out
+            slots[at] = adapters[1]
+        blocks = np.asarray(-(-(int(positions.max()) + 1) // BLOCK_SIZE), np.int32)
+        batch = Batch(ids, positions, table, last, blocks, source, slots)
+        stacks = None if adapters is None else adapters[0]
+        if self._tell is not None:
+            self._tell("compile" if compile_only else "run", wanted=wanted, batch=as_message(batch))
+        if compile_only:
+            self.executor.compile(wanted, batch, stacks)
+            return jnp.zeros(0), []
+        out = self.executor.run(wanted, batch, None if previous is None else previous[1], stacks)
+        return out, ends_at if wanted == "last" and size > 1 else at
 
-    def _program(self, wanted: Wanted, rows: int, size: int, args: tuple) -> Callable[..., Any]:
-        lora = args[-1]
-        shapes = () if lora is None else tuple((r, *(a.shape for a in s)) for r, s in sorted(lora.stacks.items()))
-        key = (wanted, rows, size, shapes)
-        if key not in self._programs:
-            if self.on_compile is not None:
-                self.on_compile(f"{rows} x {size} tokens" + (" with adapters" if shapes else ""))
-            m = self.model
-            run = partial(_run_batch, config=m.config, plan=m.plan, backend=m.backend, wanted=wanted)
-            self._programs[key] = jax.jit(run, donate_argnums=1).lower(*args).compile()
-        return self._programs[key]
+    def _places(self, tables: np.ndarray, size: int) -> tuple[int, list[int]]:
+        """Rows that each region is given, padding included, and where among those of all each row goes."""
+        regions = tables[:, 0] // self._region_pages
+        counts = np.zeros(self.regions, int)
+        order = []
+        for region in regions:
+            order.append(int(counts[region]))
+            counts[region] += 1
+        per_region = self.buckets.row_bucket(int(counts.max()), size)
+        return per_region, [int(region) * per_region + i for region, i in zip(regions, order)]
 
 
 def page_bytes(model: Model) -> int:
-    """Of one page of a model's pool."""
-    return model.config.cache_values_per_token * row_dtype(model.backend).itemsize * PAGE_SIZE
-
-
-@contextmanager
-def _naming_lack_of_memory() -> Iterator[None]:
-    """Tells what a device's "resource exhausted" means to a user."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        first = str(error).partition("\n")[0]
-        raise CapacityError(f"out of memory ({first}): a smaller context_length or max_batch needs less") from error
-
-
-def _run_batch(
-    params: Params,
-    pool: KVPages,
-    tokens: jax.Array,
-    positions: jax.Array,
-    tables: jax.Array,
-    last: jax.Array,
-    blocks: jax.Array,
-    source: jax.Array,
-    last_tokens: jax.Array,
-    lora: RowAdapters | None,
-    *,
-    config: Any,
-    plan: Any,
-    backend: str,
-    wanted: Wanted,
-) -> tuple[jax.Array, KVPages]:
-    """One batch: tokens and positions int32 [B, T], tables [B, pages], source [B], last [N] -> (result, pool).
-
-    The result is float32 [N, vocab] at the tokens `last` of all B * T, [B, T, vocab], or hidden states [B, T, hidden].
-    """
-    if tokens.shape[1] == 1:
-        tokens = jnp.where(source >= 0, last_tokens[source], tokens[:, 0])[:, None]
-
-    def one(tokens: jax.Array, positions: jax.Array, table: jax.Array, lora: RowAdapters | None):
-        view = CacheView(table, blocks)
-        return forward(params, config, plan, tokens, positions, pool, view, backend=backend, lora=lora)
-
-    by_row = None if lora is None else RowAdapters(None, 0)  # type: ignore[arg-type]  # axes: only slots are batched
-    hidden, pool = jax.vmap(one, in_axes=(0, 0, 0, by_row), out_axes=(0, None))(tokens, positions, tables, lora)
-    if wanted == "hidden":
-        return hidden, pool
-    if wanted == "last":
-        hidden = hidden.reshape(-1, hidden.shape[-1])[last]  # [N, hidden]
-        if lora is not None:
-            lora = RowAdapters(lora.stacks, lora.slot[last // tokens.shape[1]])
-    return logits(params, config, hidden, backend=backend, lora=lora), pool
+    """Of one page of a model's pool, on one device."""
+    local = model.partition.local_config(model.config)
+    return local.cache_values_per_token * row_dtype(model.backend).itemsize * PAGE_SIZE
 
 
 @jax.jit

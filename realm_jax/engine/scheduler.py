@@ -55,6 +55,9 @@ class Scheduler(Generic[S]):
     Pages are taken as tokens come. When there are none, the least recently used of the prefix cache give way, then
     the sequence that started last, of the tenant that had most.
 
+    Where the pool has regions, so have the slots, and a sequence runs in one of them: where most of its prefix is
+    cached, or else where most pages are to be had. What is cached in one region is not found from another.
+
     Each batch holds one token of every sequence that is decoding, so that none of them waits for a prompt, and parts
     of prompts up to a budget, tenants taking turns. They end at multiples of `chunk` counted from a sequence's first
     token.
@@ -76,7 +79,7 @@ class Scheduler(Generic[S]):
         """
         Args:
           pages: the allocator.
-          slots: most sequences running at once.
+          slots: most sequences running at once; a multiple of the regions of the pages.
           page_size: tokens per page.
           table_size: most pages per sequence.
           chunk: texts are cut at multiples of it.
@@ -94,14 +97,16 @@ class Scheduler(Generic[S]):
             self.accounts[tenant.name] = Account(tenant)
             if tenant.min_pages:
                 self.cache.floors[tenant.name] = tenant.min_pages
-        if (floors := sum(self.cache.floors.values())) >= pages.total:
+        if (floors := sum(self.cache.floors.values())) >= pages.region_size:
             raise InvalidRequestError(
-                f"min_pages of all tenants make {floors}; accepted: less than the {pages.total} pages of the cache"
+                f"min_pages of all tenants make {floors}; "
+                f"accepted: less than the {pages.region_size} pages of {'a region of ' * (pages.regions > 1)}the cache"
             )
         self.running: list[S] = []  # in order of admission
         self.preemptions = 0
         self.longest_prompt = 0
         self._salts = {name: a.tenant.salt or secrets.token_bytes(32) for name, a in self.accounts.items()}
+        self._slots_of_region = slots // pages.regions
         self._free_slots = list(range(slots - 1, -1, -1))
         self.page_size = page_size
         self._quantum = min(QUANTUM, float(pages.total * page_size))  # well within the bound of the gap
@@ -124,7 +129,7 @@ class Scheduler(Generic[S]):
     @property
     def available(self) -> int:
         """Pages that are free or that the prefix cache would give up."""
-        return self.pages.free + self.cache.evictable
+        return sum(map(self._available, range(self.pages.regions)))
 
     def __contains__(self, sequence: S) -> bool:
         """Whether it waits or runs here."""
@@ -142,13 +147,13 @@ class Scheduler(Generic[S]):
 
     def check(self, limit: int, tenant: str | None = None) -> None:
         """Raises CapacityError when a sequence of `limit` tokens could never run, however empty the cache is."""
-        needed, most, whose = self.pages_for(limit), min(self.pages.total, self._table_size), "it"
+        needed, most, whose = self.pages_for(limit), min(self.pages.region_size, self._table_size), "it"
         if tenant is not None:
             ceiling = self.account(tenant).tenant.max_pages
             if ceiling is not None and ceiling < most:
                 most, whose = ceiling, f"tenant {tenant!r}"
             reserved = sum(floor for name, floor in self.cache.floors.items() if name != tenant)
-            most = min(most, self.pages.total - reserved)
+            most = min(most, self.pages.region_size - reserved)
         if needed > most:
             raise CapacityError(
                 f"{limit} tokens need {needed} pages of the cache; {whose} has {most}: {most * self.page_size} tokens"
@@ -182,13 +187,15 @@ class Scheduler(Generic[S]):
         admitted: list[S] = []
         swaps = 1  # a tenant that is behind catches up step by step: a long prompt of another's is no reason for more
         while (start := self._startable(admitted, swaps)) is not None:
-            sequence, victim, behind = start
+            sequence, victim, behind, region = start
             if victim is not None:
                 swaps -= behind
                 self.preempt(victim)
             account = self.accounts[sequence.tenant]
             self._leave_line(account, sequence)
-            sequence.slot = self._free_slots.pop()
+            sequence.slot = next(s for s in reversed(self._free_slots) if s // self._slots_of_region == region)
+            self._free_slots.remove(sequence.slot)
+            sequence.region = region
             sequence.table = np.zeros(self._table_size, np.int32)
             self._reuse(sequence)
             self.running.append(sequence)
@@ -215,12 +222,16 @@ class Scheduler(Generic[S]):
         """Takes what a sequence has computed out of the prefix cache; what it found there stays."""
         self.cache.forget(self._cache_keys(sequence)[sequence.reused // self.page_size :])
 
+    def reservable(self, tokens: int) -> bool:
+        """Whether `reserve` gets pages for that many tokens."""
+        return self.pages_for(tokens) <= max(map(self._available, range(self.pages.regions)))
+
     def reserve(self, tokens: int) -> tuple[list[int], np.ndarray]:
         """Pages for that many tokens, and their table row int32 [table_size]. CapacityError when they are not free."""
-        needed = self.pages_for(tokens)
-        if needed > self.pages.free:
-            self.cache.evict(needed - self.pages.free, None)
-        pages = self.pages.allocate(needed)
+        needed, region = self.pages_for(tokens), max(range(self.pages.regions), key=self._available)
+        if needed > (free := self.pages.free_in(region)):
+            self.cache.evict(needed - free, None, region=region)
+        pages = self.pages.allocate(needed, region)
         table = np.zeros(self._table_size, np.int32)
         table[: len(pages)] = pages
         return pages, table
@@ -323,9 +334,9 @@ class Scheduler(Generic[S]):
         last = account if self._served_last is None else self._served_last
         account.counter = max(account.counter, min(others, default=last.counter))
 
-    def _startable(self, admitted: list[S], swaps: int) -> tuple[S, S | None, bool] | None:
+    def _startable(self, admitted: list[S], swaps: int) -> tuple[S, S | None, bool, int] | None:
         """Who can start now: the first in line of a tenant, of the one that was served least if it can. With it, whom
-        it takes the place of if it must, and whether because its tenant is behind.
+        it takes the place of if it must, whether because its tenant is behind, and the region it starts in.
 
         One that has a slot but no pages holds up those after it: they would take what it waits for.
         """
@@ -337,22 +348,43 @@ class Scheduler(Generic[S]):
             if not self._below_ceiling(account, sequence):
                 self._lift(account)  # it is not the others who keep it waiting
                 continue
-            if self._free_slots and self._affordable(sequence):
-                return sequence, None, False
+            if (region := self._free_region(sequence)) is not None:
+                return sequence, None, False, region
             victim, behind = self._victim(account, admitted, swaps) if self._fair else (None, False)
-            if victim is not None and self._affordable(sequence, len(victim.pages)):
-                return sequence, victim, behind
+            if victim is not None and self._affordable(sequence, victim.region, len(victim.pages)):
+                return sequence, victim, behind, victim.region
             if self._free_slots or not self._fair:
                 return None
         return None
 
-    def _affordable(self, sequence: S, returned: int = 0) -> bool:
-        """Whether pages for what it has, and one for each that runs to go on with, could be had now."""
-        if not self.running:
+    def _available(self, region: int) -> int:
+        return self.pages.free_in(region) + self.cache.evictable_in(region)
+
+    def _free_region(self, sequence: S) -> int | None:
+        """Of those with a free slot and pages for it, the region where it is to start."""
+        free = {slot // self._slots_of_region for slot in self._free_slots}
+        regions = [region for region in sorted(free) if self._affordable(sequence, region)]
+        if len(regions) < 2:
+            return regions[0] if regions else None
+
+        def cached(region: int) -> int:
+            return self.cache.held(self._cache_keys(sequence, region))
+
+        if sequence.first_key is not None:
+            self._extend_keys(sequence)
+        return max(regions, key=lambda region: (cached(region), self._available(region), -self._running_in(region)))
+
+    def _running_in(self, region: int) -> int:
+        return sum(s.region == region for s in self.running)
+
+    def _affordable(self, sequence: S, region: int, returned: int = 0) -> bool:
+        """Whether pages for what it has, and one for each that runs there to go on with, could be had now."""
+        running = [s for s in self.running if s.region == region]
+        if not running:
             return True  # and what runs alone gets all
-        promised = sum(max(0, self.pages_for(s.total) - len(s.pages)) for s in self.running)
-        needed = self.pages_for(sequence.length) + promised + len(self.running)
-        return needed <= self.available + returned
+        promised = sum(max(0, self.pages_for(s.total) - len(s.pages)) for s in running)
+        needed = self.pages_for(sequence.length) + promised + len(running)
+        return needed <= self._available(region) + returned
 
     def _below_ceiling(self, account: Account[S], sequence: S) -> bool:
         """The same of the pages that its tenant may have."""
@@ -407,25 +439,29 @@ class Scheduler(Generic[S]):
                 self.preempt(victim)
                 if victim is sequence:
                     return False
-        while needed > self.pages.free:
-            if self.cache.evict(needed - self.pages.free, sequence.tenant):
+        region = sequence.region
+        while needed > (free := self.pages.free_in(region)):
+            if self.cache.evict(needed - free, sequence.tenant, region=region):
                 continue
-            victim = self._poorest()
+            victim = self._poorest(region)
             self.preempt(victim)
             if victim is sequence:
                 return False
-        for page in self.pages.allocate(needed):
+        for page in self.pages.allocate(needed, region):
             sequence.table[len(sequence.pages)] = page
             sequence.pages.append(page)
         return True
 
-    def _poorest(self) -> S:
-        """Who gives up its pages: the last to come, of the tenant that had most of those with several sequences."""
+    def _poorest(self, region: int) -> S:
+        """Who gives up its pages of a region: the last to come, of the tenant that had most of those with several
+        sequences."""
+        there = [s for s in self.running if s.region == region]
         if not self._fair:
-            return max(self.running, key=lambda s: self._arrived[s.id])
-        accounts = [a for a in self.accounts.values() if a.running]
+            return max(there, key=lambda s: self._arrived[s.id])
+        accounts = [self.accounts[name] for name in dict.fromkeys(s.tenant for s in there)]
         several = [a for a in accounts if len(a.running) > 1]
-        return self._last(max(several or accounts, key=lambda a: a.counter), [])
+        elsewhere = [s for s in self.running if s.region != region]
+        return self._last(max(several or accounts, key=lambda a: a.counter), elsewhere)
 
     def _charged(self, account: Account[S]) -> set[int]:
         """Pages that count against a tenant's ceiling."""
@@ -455,9 +491,14 @@ class Scheduler(Generic[S]):
             self.cache.put(keys[i], sequence.pages[i], None if i < public else sequence.tenant)
         sequence.published = full
 
-    def _cache_keys(self, sequence: S) -> list[bytes]:
-        """What its full pages are found under: the public keys as far as its prefix is public, then the tenant's."""
-        return sequence.public_keys + sequence.keys[len(sequence.public_keys) :]
+    def _cache_keys(self, sequence: S, region: int | None = None) -> list[bytes]:
+        """What its full pages are found under, in its region or another: the public keys as far as its prefix is
+        public, then the tenant's."""
+        keys = sequence.public_keys + sequence.keys[len(sequence.public_keys) :]
+        if self.pages.regions == 1:
+            return keys
+        where = (sequence.region if region is None else region).to_bytes(4, "big")
+        return [key + where for key in keys]
 
     def _extend_keys(self, sequence: S) -> None:
         """Computes the keys of full pages of known tokens, under the tenant's salt, and under the public one as far as

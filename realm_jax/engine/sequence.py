@@ -17,6 +17,7 @@ class Sequence:
       served: how many were counted as their tenant's service: what is computed again is not counted again.
       limit: most tokens it may come to hold.
       slot: its place in the batch, None unless running.
+      region: of the pool, where its pages are, or were when it last ran.
       pages: its pages in order; `table` is the same as an int32 row for the runner, padded with zeros.
       tenant: name of the account it belongs to.
       priority: higher ones of a tenant start first, and are the last to be preempted.
@@ -44,6 +45,7 @@ class Sequence:
         self.served = 0
         self.limit = limit
         self.slot: int | None = None
+        self.region = 0
         self.pages: list[int] = []
         self.table = np.zeros(0, np.int32)
         self.tenant = tenant

@@ -58,11 +58,12 @@ class Pair:
 class Adapter:
     """The content of one adapter, whatever it is called and however it was stored.
 
-    architecture: of the base model. pairs: by place, sorted.
+    architecture: of the base model. pairs: by place, sorted. source: the file or folder it was read from, "" for none.
     """
 
     architecture: str
     pairs: Mapping[Place, Pair]
+    source: str = ""
 
     @property
     def roles(self) -> frozenset[str]:
@@ -94,12 +95,12 @@ class Adapter:
 def weight_shapes(model: Model) -> dict[Place, tuple[int, ...]]:
     """The shapes of the matrices of a model, and of the head a tied model could have of its own."""
     tables, stacks = model.params.tables, model.params.stacks
-    embedding = tuple(tables[EMBEDDING].shape)
+    embedding = model.whole_shape(EMBEDDING, tables[EMBEDDING])
     shapes: dict[Place, tuple[int, ...]] = {(EMBEDDING, None): embedding, (HEAD, None): embedding}
     for layer, row in enumerate(model.plan.layers):
         for role, stack, _ in row:
             if stack in stacks:
-                shapes[role, layer] = tuple(stacks[stack].shape[1:])
+                shapes[role, layer] = model.whole_shape(role, stacks[stack])[1:]
     return shapes
 
 

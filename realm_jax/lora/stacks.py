@@ -1,6 +1,7 @@
 """Adapters on the device: for each role one stack over layers and slots, written in place."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from realm_jax.lora.adapter import MAX_RANK, Adapter, Pair, Place
-from realm_jax.model.adapters import EMBEDDING, HEAD, Stack
+from realm_jax.model.adapters import EMBEDDING, HEAD, Stack, stack_axes
+from realm_jax.model.params import Model
+from realm_jax.model.partition import Range
+from realm_jax.model.tensors import TensorSpec
+from realm_jax.sharding.devices import assemble, replicate
 
 RANKS = (8, 16, 32, 64, 128, 256, 512, MAX_RANK)  # that stacks have; between them programs need not be compiled again
 
@@ -26,27 +31,27 @@ def stack_dtype() -> np.dtype:
 
 
 class DeviceStacks:
-    """The stacks of one signature. A slot's content is what `write` put there last; at first it is zero."""
+    """The stacks of one signature. A slot's content is what `write` put there last; at first it is zero.
+
+    On a mesh they are divided as the matrices that they adapt.
+    """
 
     def __init__(
-        self, slots: int, layers: int, shapes: Mapping[Place, tuple[int, ...]], rank: int, roles: Iterable[str]
+        self, slots: int, model: Model, shapes: Mapping[Place, tuple[int, ...]], rank: int, roles: Iterable[str]
     ) -> None:
-        """Allocates on the device.
+        """Allocates on the devices.
 
-        slots: how many. layers: of the model. shapes: of its matrices. rank: one of RANKS. roles: to have stacks for.
+        slots: how many. model: the base. shapes: of its matrices. rank: one of RANKS. roles: to have stacks for.
         """
         self.rank = rank
-        self._layers = layers
+        self._config, self._partition, self._mesh = model.config, model.partition, model.mesh
+        self._layers = model.config.num_layers
         self._dtype = stack_dtype()
         self._shapes = {role: shape for (role, _), shape in shapes.items()}
         self.stacks: dict[str, Stack] = {}
         for role in sorted(roles):
             a, b = self._matrix_shapes(role)
-            self.stacks[role] = (
-                jnp.zeros((a[0], slots, *a[1:]), self._dtype),
-                jnp.zeros((b[0], slots, *b[1:]), self._dtype),
-                jnp.zeros(slots, jnp.float32),
-            )
+            self.stacks[role] = self._zeros(role, (a[0], slots, *a[1:]), (b[0], slots, *b[1:]), slots)
 
     @property
     def signature(self) -> Signature:
@@ -67,7 +72,36 @@ class DeviceStacks:
             by_role.setdefault(role, {})[layer or 0] = pair
         index = np.int32(slot)
         for role, stack in self.stacks.items():
-            self.stacks[role] = _write(stack, self._values(role, by_role.get(role, {}), scale), index)
+            values = self._values(role, by_role.get(role, {}), scale)
+            self.stacks[role] = _write(stack, self._divided(role, *values), index)
+
+    def _zeros(self, role: str, a: tuple[int, ...], b: tuple[int, ...], slots: int) -> Stack:
+        made = ((a, self._dtype), (b, self._dtype), ((slots,), np.dtype(np.float32)))
+        if self._mesh is None:
+            return tuple(jnp.zeros(shape, dtype) for shape, dtype in made)  # type: ignore[return-value]
+        sizes = self._partition.mesh.sizes
+        out = []
+        for (shape, dtype), axes in zip(made, stack_axes(role, self._partition)):
+            zeros = np.zeros([n // (sizes[axis] if axis else 1) for n, axis in zip(shape, axes)], dtype)
+            out.append(assemble(partial(_same, zeros), self._mesh, axes))
+        return tuple(out)  # type: ignore[return-value]
+
+    def _divided(self, role: str, a: np.ndarray, b: np.ndarray, scale: np.float32) -> Any:
+        """One slot's values, on a mesh as parts of the devices."""
+        if self._mesh is None:
+            return a, b, scale
+        if role == EMBEDDING:
+            return (*replicate((a, b), self._mesh), scale)
+        (_, _, *a_axes), (_, _, *b_axes), _ = stack_axes(role, self._partition)
+
+        def ranges(place: dict[str, int]) -> list[list[Range]]:  # of the matrix's rows, and of its columns
+            return self._partition.ranges(TensorSpec(role, self._shapes[role]), self._config, place)
+
+        return (
+            assemble(lambda place: _cut(a, 2, ranges(place)[1]), self._mesh, (None, *a_axes)),
+            assemble(lambda place: _cut(b, 1, ranges(place)[0]), self._mesh, (None, *b_axes)),
+            scale,
+        )
 
     def _matrix_shapes(self, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """[L, R, K] and [L, N, R] of one slot; of the embedding [1, vocab, R] and [1, hidden, R]."""
@@ -96,6 +130,14 @@ class DeviceStacks:
             b[layer, :, : pair.rank] = np.ldexp(pair.b.astype(np.float32) * np.float32(factors[layer]), -exponent_b)
         with np.errstate(over="ignore"):
             return a, b, np.float32(np.ldexp(largest * scale, exponent_a + exponent_b))
+
+
+def _same(value: np.ndarray, place: dict[str, int]) -> np.ndarray:
+    return value
+
+
+def _cut(matrix: np.ndarray, axis: int, ranges: list[Range]) -> np.ndarray:
+    return np.concatenate([matrix.take(range(at, at + n), axis) for at, n in ranges], axis)
 
 
 def _largest(matrix: np.ndarray) -> float:

@@ -7,7 +7,8 @@ import hashlib
 import os
 import struct
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -53,12 +54,14 @@ class Resident:
 class AdapterStore:
     """Loaded adapters by name, and the slots of the device."""
 
-    def __init__(self, model: Model, *, device_slots: int) -> None:
+    def __init__(self, model: Model, *, device_slots: int, tell: Callable[..., None] | None = None) -> None:
         """Allocates nothing on the device before the first adapter is loaded.
 
         Args:
             model: the base.
             device_slots: how many different adapters, or scales of them, one batch can hold.
+            tell: tell(kind, **fields) is called with everything that the stacks of other processes must do as well, in
+                order; see engine.follower.
 
         Raises:
             InvalidRequestError: no slots.
@@ -66,6 +69,9 @@ class AdapterStore:
         if isinstance(device_slots, bool) or not isinstance(device_slots, int) or device_slots < 1:
             raise InvalidRequestError(f"device_slots is {device_slots!r}; a number of at least 1 is accepted")
         self.device_slots = device_slots
+        self._tell = tell
+        self._told: set[bytes] = set()  # contents that the other processes have
+        self._model = replace(model, params=None)  # type: ignore[arg-type]  # weights are swapped, and not ours to keep
         self._config = model.config
         self._shapes = weight_shapes(model)
         self._named: dict[str, Resident] = {}
@@ -119,6 +125,7 @@ class AdapterStore:
         self._make_room(resident.adapter)
         self._drop(name)
         self._named[name] = resident
+        self._tell_contents()
         return resident
 
     def unload(self, name: str) -> None:
@@ -193,6 +200,8 @@ class AdapterStore:
             slot = next(i for i in range(self.device_slots) if i not in self._slots.values())
         else:
             slot = self._slots.pop(next(old for old in self._slots if old not in pinned))
+        if self._tell is not None:
+            self._tell("write", slot=slot, content=resident.content_hash.hex(), scale=key[1])
         self._device.write(slot, resident.adapter, key[1])
         self._slots[key] = slot
 
@@ -225,7 +234,9 @@ class AdapterStore:
             ) from error
 
     def _allocate(self, rank: int, roles: Iterable[str]) -> DeviceStacks:
-        return DeviceStacks(self.device_slots, self._config.num_layers, self._shapes, rank, roles)
+        if self._tell is not None:
+            self._tell("make_stacks", rank=rank, roles=sorted(roles))
+        return DeviceStacks(self.device_slots, self._model, self._shapes, rank, roles)
 
     def _drop(self, name: str) -> None:
         old = self._named.pop(name, None)
@@ -236,6 +247,20 @@ class AdapterStore:
         if not self._named and not self._unnamed:
             self._device = None
             self._slots.clear()
+            if self._tell is not None:
+                self._tell("drop_stacks")
+        self._tell_contents()
+
+    def _tell_contents(self) -> None:
+        """What the other processes are to read, and what they need no longer."""
+        if self._tell is None:
+            return
+        held = {r.content_hash: r.adapter for r in (*self._named.values(), *self._unnamed)}
+        for content in held.keys() - self._told:
+            self._tell("adapter", content=content.hex(), source=held[content].source)
+        for content in self._told - held.keys():
+            self._tell("forget", content=content.hex())
+        self._told = set(held)
 
 
 def check_scale(scale: float) -> float:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.grouped_lora import UnsupportedError, grouped_lora_many
 from realm_jax.errors import BackendError
+from realm_jax.model.partition import Partition
 
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
@@ -15,6 +16,12 @@ HEAD = "output.weight"
 # Of one role: a [L, S, R, K], b [L, S, N, R], scales float32 [S], S slots. L is all layers of the model, or
 # 1 for what a model has once. The embedding's a is [1, S, vocab, R]: its rows are looked up.
 Stack = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def stack_axes(role: str, partition: Partition) -> tuple[tuple[str | None, ...], ...]:
+    """The mesh axis of each axis of a Stack's arrays: divided as the matrix is that they adapt, or whole."""
+    rows, columns = (None, None) if role == EMBEDDING else partition.axes(role)
+    return (None, None, None, columns), (None, None, rows, None), (None,)
 
 
 @flax.struct.dataclass

@@ -20,6 +20,7 @@ from realm_jax.model.config import ModelConfig
 from realm_jax.model.experts import mixture
 from realm_jax.model.ops import rotate, softcap
 from realm_jax.model.params import Params
+from realm_jax.model.partition import WHOLE, Partition
 from realm_jax.model.plan import LayerPlan, Segment
 from realm_jax.model.rope import FINE_POSITIONS
 from realm_jax.model.weights import LayerWeights, row_backend
@@ -35,17 +36,20 @@ def forward(
     view: CacheView,
     *,
     lora: RowAdapters | None = None,
+    partition: Partition = WHOLE,
     backend: str = "auto",
 ) -> tuple[jax.Array, KVPages]:
     """One sequence through all layers.
 
     Args:
-        params, config, plan: of the model; config and plan are static.
+        params, config, plan: of the model, or of a device's part of it (partition.local_config); config and plan are
+            static.
         tokens: int32 [T].
         positions: int32 [T], consecutive from the sequence's cached tokens on; -1 marks padding at the end.
         pool: the cache of all sequences, not batched under vmap; donate it, and its rows are written in place.
         view: which of its pages are the sequence's.
         lora: adapters, with the sequence's slot; None for a model without any, whose program is then the plain one.
+        partition: which part that is, static; the call is then within a shard_map over its mesh.
         backend: of the kernels, static.
 
     Returns:
@@ -53,7 +57,9 @@ def forward(
         sequences of a vmap together (out_axes None).
     """
     mix = partial(attend, view=view, positions=positions, backend=backend)
-    return run_layers(params, config, plan, tokens, positions, pool, mix, lora=lora, backend=backend)
+    return run_layers(
+        params, config, plan, tokens, positions, pool, mix, lora=lora, partition=partition, backend=backend
+    )
 
 
 def run_layers(
@@ -66,11 +72,12 @@ def run_layers(
     mix: Callable[..., tuple[jax.Array, Any]],
     *,
     lora: RowAdapters | None = None,
+    partition: Partition = WHOLE,
     backend: str = "auto",
 ) -> tuple[jax.Array, Any]:
     """`forward` with any attention: mix(q, k, v, pool, layer=, window=, scale=, ...) -> (mixed, pool), as attend."""
     with jax.named_scope("embedding"):
-        x = params.tables["token_embd.weight"].take_rows(tokens)
+        x = _embed(params, tokens, partition)
         if lora is not None:
             x = lora.add_embedding(x, tokens, backend)
         x = x * config.embedding_scale
@@ -82,17 +89,23 @@ def run_layers(
         return _layer(x, pool, weights, config, cos_sin, partial(mix, layer=weights.number, window=window))
 
     for segment in plan.segments:
-        x, pool = _run_segment(x, pool, params, config, plan, segment, layer, lora, backend)
+        x, pool = _run_segment(x, pool, params, config, plan, segment, layer, lora, partition, backend)
     with jax.named_scope("output_norm"):
         weight = params.tables["output_norm.weight"]
         return row_ops.rms_norm(x, weight, config.norm_eps, backend=row_backend(backend)), pool
 
 
 def logits(
-    params: Params, config: ModelConfig, hidden: jax.Array, *, lora: RowAdapters | None = None, backend: str = "auto"
+    params: Params,
+    config: ModelConfig,
+    hidden: jax.Array,
+    *,
+    lora: RowAdapters | None = None,
+    partition: Partition = WHOLE,
+    backend: str = "auto",
 ) -> jax.Array:
     """Hidden states float32 [..., hidden] -> float32 [..., vocab]. The slots of `lora` have hidden's leading axes, or
-    the first of them."""
+    the first of them. partition: as for `forward`; every device gets all of the vocabulary."""
     with jax.named_scope("head"):
         head = params.tables.get("output.weight", params.tables["token_embd.weight"])
         out = head.matmul(hidden, backend=backend)
@@ -102,7 +115,20 @@ def logits(
             out = out + params.tables["output.bias"]
         if config.logit_scale != 1.0:
             out = out * config.logit_scale
-        return softcap(out, config.final_softcap)
+        out = softcap(out, config.final_softcap)
+        axis = partition.axis("vocab")
+        return out if axis is None else lax.all_gather(out, axis, axis=out.ndim - 1, tiled=True)
+
+
+def _embed(params: Params, tokens: jax.Array, partition: Partition) -> jax.Array:
+    """float32 [T, hidden]."""
+    table, axis = params.tables["token_embd.weight"], partition.axis("vocab")
+    if axis is None:
+        return table.take_rows(tokens)
+    rows = table.shape[-2]  # of this device
+    local = tokens - lax.axis_index(axis) * rows
+    found = (local >= 0) & (local < rows)
+    return lax.psum(jnp.where(found[:, None], table.take_rows(jnp.where(found, local, 0)), 0.0), axis)
 
 
 def _run_segment(
@@ -114,6 +140,7 @@ def _run_segment(
     segment: Segment,
     layer: Callable[..., tuple[jax.Array, KVPages]],
     lora: RowAdapters | None,
+    partition: Partition,
     backend: str,
 ) -> tuple[jax.Array, KVPages]:
     """Scans over the repeats of a segment, the layers of its period unrolled in the body."""
@@ -144,7 +171,7 @@ def _run_segment(
         data, places = scanned
         for j, row in enumerate(signature):
             at = {role: (stack, places[j][role]) for role, stack, _ in row}
-            weights = LayerWeights(params, at, backend, data["number"][j], lora)
+            weights = LayerWeights(params, at, backend, data["number"][j], lora, partition)
             x, pool = layer(x, pool, weights, data["rope"][j], data["window"][j])
         return (x, pool), None
 

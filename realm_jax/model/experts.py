@@ -18,13 +18,23 @@ def mixture(h: jax.Array, w: LayerWeights, c: ModelConfig) -> jax.Array:
     tokens = h.shape[0]
     bias = w.vector("exp_probs_b.bias") if "exp_probs_b.bias" in w else None
     ids, weights = route(w.linear(h, "ffn_gate_inp"), e, bias)
+    divided = w.partition.axis("experts")
+    local = ids
+    if divided is not None:  # the others' experts are not ours: their rows add nothing here
+        first = lax.axis_index(divided) * (e.count // w.partition.parts("experts"))
+        local = ids - first
+        ours = (local >= 0) & (local < e.count // w.partition.parts("experts"))
+        local, weights = jnp.where(ours, local, 0), jnp.where(ours, weights, 0.0)
     rows = jnp.repeat(h, e.used, axis=0)  # [T * used, hidden]
-    flat = ids.reshape(-1)
+    flat = local.reshape(-1)
     hidden = w.gated(
         w.expert_linear(rows, flat, "ffn_gate_exps"), w.expert_linear(rows, flat, "ffn_up_exps"), c.spec.activation
     )
     each = w.expert_linear(hidden, flat, "ffn_down_exps").reshape(tokens, e.used, -1)
     out: Any = sum(each[:, i] * weights[:, i, None] for i in range(e.used))  # in a fixed order, unlike XLA's own sums
+    axes = tuple(axis for axis in (divided, w.partition.reduced("ffn_down_exps")) if axis is not None)
+    if axes:
+        out = lax.psum(out, axes)
     if e.shared_size:
         shared = w.gated(w.linear(h, "ffn_gate_shexp"), w.linear(h, "ffn_up_shexp"), c.spec.activation)
         shared = w.linear(shared, "ffn_down_shexp")

@@ -4,27 +4,30 @@ Matrices stay packed, stacked by role and type over the layers that have them; v
 stack is read at a time, its pages of the file given back at once, so that the peak is about the file's size.
 """
 
+import logging
 import math
 import os
-from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import flax.struct
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from realm_jax.gguf import GGUFFile, open_gguf
-from realm_jax.interrupt import interrupt_deferred
 from realm_jax.model.capacity import check_fits
 from realm_jax.model.config import ModelConfig
+from realm_jax.model.partition import WHOLE, Partition, partition_model, tensor_blocks
 from realm_jax.model.plan import LayerPlan, plan_layers
+from realm_jax.model.reading import GGUFReader, Layout, Progress
 from realm_jax.model.rope import rotation_tables
-from realm_jax.model.tensors import TensorSpec, check_model
-from realm_jax.quant import QuantizedTensor, format_of, pack, packed_spec
+from realm_jax.model.tensors import AXES, TensorSpec, check_model
+from realm_jax.quant import QuantizedTensor
+from realm_jax.sharding.devices import make_mesh, replicate
+from realm_jax.sharding.mesh import MeshShape
 
-Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
-
-_ALIGNMENT = 64  # bytes; XLA:CPU takes host memory aligned so without a copy
+_log = logging.getLogger(__name__)
 
 
 @flax.struct.dataclass
@@ -51,38 +54,63 @@ class Model:
     config: ModelConfig = flax.struct.field(pytree_node=False)
     plan: LayerPlan = flax.struct.field(pytree_node=False)
     backend: str = flax.struct.field(pytree_node=False, default="xla")  # whose layout the weights have
+    partition: Partition = flax.struct.field(pytree_node=False, default=WHOLE)
+    mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)  # None: of one device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays on the device."""
+        """Bytes of all arrays, those that several devices have counted once."""
         return sum(a.nbytes for a in jax.tree.leaves(self.params))
+
+    def whole_shape(self, role: str, weight: QuantizedTensor) -> tuple[int, ...]:
+        """The shape of a role's weight, or stack, over all devices; a tiled one tells what one device has."""
+        shape = weight.shape
+        if weight.rows is None:
+            return shape
+        return (*shape[:-2], shape[-2] * self.partition.parts(AXES[role][-2]), shape[-1])
 
 
 def load_model(
-    source: str | os.PathLike[str] | GGUFFile,
+    source: str | os.PathLike[str] | GGUFFile | Any,
     context_length: int | None = None,
     progress: Progress | None = None,
     *,
     backend: str = "xla",
+    mesh: MeshShape | None = None,
 ) -> Model:
     """Loads a GGUF file, weights packed.
 
     Args:
-        source: a path, or an opened file, which stays open.
+        source: a path, or an opened file, which stays open: a GGUFFile, or what has a reader of its own, as a
+            CheckpointFile.
         context_length: tokens a request may hold; None means as trained, at most 4096.
         progress: called as weights are read.
         backend: of the kernels that will read the weights, as resolve_backend names them.
+        mesh: of devices to spread the model over, each of which then reads its own part of the file; None: all of it
+            goes to one.
 
     Raises:
-        GGUFError, UnsupportedModelError, InvalidRequestError: see check_model.
+        GGUFError, UnsupportedModelError, InvalidRequestError: see check_model; a mesh may also be larger than there are
+            devices, or divide nothing.
         CapacityError: the weights and one sequence of that length do not fit in memory.
     """
-    if not isinstance(source, GGUFFile):
+    if isinstance(source, (str, os.PathLike)):
         with open_gguf(source) as file:
-            return load_model(file, context_length, progress, backend=backend)
+            return load_model(file, context_length, progress, backend=backend, mesh=mesh)
     config, specs = check_model(source, context_length)
-    check_fits(config, sum(source.tensors[spec.name].nbytes for spec in specs), backend)
-    reader = _Reader(source, specs, progress, tiled=backend == "native")
+    partition, devices = WHOLE, None
+    if mesh is not None:
+        partition = partition_model(config, specs, tensor_blocks(source.tensors, specs), mesh)
+        devices = make_mesh(mesh)
+        for note in partition.notes:
+            _log.warning("%s", note)
+    on_each, weights = config, sum(source.tensors[spec.name].nbytes for spec in specs)
+    if devices is not None and devices.devices.flat[0].platform != "cpu":  # those of a CPU share its memory
+        on_each = partition.local_config(config)
+        weights = sum(source.tensors[s.name].type.nbytes(math.prod(partition.local_shape(s))) for s in specs)
+    check_fits(on_each, weights, backend)
+    layout = Layout(config, partition, devices, tiled=backend == "native")
+    reader = getattr(source, "reader", partial(GGUFReader, source))(specs, layout, progress)
     groups: dict[str, list[TensorSpec]] = {}
     layer_stacks: list[dict[str, str]] = [{} for _ in range(config.num_layers)]
     for spec in specs:
@@ -94,83 +122,29 @@ def load_model(
     stacks: dict[str, QuantizedTensor] = {}
     vectors: dict[str, jax.Array] = {}
     tables: dict[str, Any] = {}
+    factors: dict[str, np.ndarray] = {}
     for stack, members in groups.items():
         first = members[0]
-        if first.layer is None:
-            tables[first.role] = reader.matrix(first) if first.is_matrix else reader.vectors([first])[0]
+        if first.role.startswith("rope_"):
+            factors[first.role] = reader.floats(first)
+        elif first.layer is None:
+            tables[first.role] = (reader.matrix if first.is_matrix else reader.vectors)(members, stacked=False)
         elif first.is_matrix:
-            stacks[stack] = reader.stack(members)
+            stacks[stack] = reader.matrix(members, stacked=True)
         else:
-            vectors[stack] = jax.device_put(reader.vectors(members))
-    rope = rotation_tables(config.ropes, config.context_length, _rope_factors(config, tables))
-    params = Params(
-        stacks=stacks,
-        vectors=vectors,
-        tables={role: jax.device_put(value) for role, value in tables.items()},
-        rope=jax.device_put(rope),
-    )
+            vectors[stack] = reader.vectors(members, stacked=True)
+    rope = rotation_tables(config.ropes, config.context_length, _rope_factors(config, factors))
+    params = Params(stacks=stacks, vectors=vectors, tables=tables, rope=replicate(rope, devices))
     jax.block_until_ready(params)
-    return Model(params=params, config=config, plan=plan_layers(layer_stacks), backend=backend)
+    plan = plan_layers(layer_stacks)
+    return Model(params=params, config=config, plan=plan, backend=backend, partition=partition, mesh=devices)
 
 
-def _rope_factors(config: ModelConfig, tables: dict[str, Any]) -> np.ndarray | None:
-    """Takes the frequency divisors out of the tables: under longrope, those for the context in use."""
-    short = tables.pop("rope_factors_short.weight", None)
-    long = tables.pop("rope_factors_long.weight", None)
-    plain = tables.pop("rope_freqs.weight", None)
+def _rope_factors(config: ModelConfig, factors: dict[str, np.ndarray]) -> np.ndarray | None:
+    """The frequency divisors, if there are any: under longrope, those for the context in use."""
+    short = factors.get("rope_factors_short.weight")
+    long = factors.get("rope_factors_long.weight")
+    plain = factors.get("rope_freqs.weight")
     if plain is not None:
         return plain
     return long if config.context_length > config.ropes[0].original_context else short
-
-
-class _Reader:
-    """Packs tensors out of one file and reports how far it is."""
-
-    def __init__(self, file: GGUFFile, specs: Iterable[TensorSpec], progress: Progress | None, *, tiled: bool):
-        self._file = file
-        self._tiled = tiled
-        self._progress = progress
-        self._total = sum(file.tensors[s.name].nbytes for s in specs)
-        self._done = 0
-
-    def _finish(self, spec: TensorSpec) -> None:
-        self._file.release(spec.name)
-        self._done += self._file.tensors[spec.name].nbytes
-        if self._progress is not None:
-            self._progress("loading weights", self._done, self._total)
-
-    def matrix(self, spec: TensorSpec) -> QuantizedTensor:
-        return self._read([spec], spec.shape)
-
-    def stack(self, members: list[TensorSpec]) -> QuantizedTensor:
-        return self._read(members, (len(members), *members[0].shape))
-
-    def _read(self, members: list[TensorSpec], shape: tuple[int, ...]) -> QuantizedTensor:
-        """Tensors of one type as a weight of this shape: a stack of them, or the only one."""
-        fmt = format_of(self._file.tensors[members[0].name].type)
-        tiled = self._tiled and not fmt.dense
-        arrays = {key: _aligned(s, d) for key, (s, d) in packed_spec(shape, fmt.name, tiled=tiled).items()}
-        for i, spec in enumerate(members):
-            out = arrays if shape == spec.shape else {key: a[i] for key, a in arrays.items()}
-            with interrupt_deferred():  # JAX's hook into garbage collection would swallow a Ctrl-C
-                pack(self._file.data(spec.name), spec.shape, fmt.name, out=out, tiled=tiled)
-            self._finish(spec)
-        return QuantizedTensor(arrays=jax.device_put(arrays), format=fmt.name, rows=shape[-2] if tiled else None)
-
-    def vectors(self, members: list[TensorSpec]) -> np.ndarray:
-        """float32 [members, ...]."""
-        out = _aligned((len(members), *members[0].shape), np.dtype(np.float32))
-        for i, spec in enumerate(members):
-            type = self._file.tensors[spec.name].type
-            packed = pack(self._file.data(spec.name), spec.shape, type)
-            out[i] = np.asarray(QuantizedTensor(arrays=packed, format=format_of(type).name).dequantize())
-            self._finish(spec)
-        return out
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array that XLA:CPU can take over without copying it."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    skip = -raw.ctypes.data % _ALIGNMENT
-    return raw[skip : skip + nbytes].view(dtype).reshape(shape)

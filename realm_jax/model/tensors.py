@@ -16,7 +16,7 @@ Axes = tuple[str, ...]
 _INTEGERS = (GGMLType.I8, GGMLType.I16, GGMLType.I32, GGMLType.I64)  # types of indices, not of weights
 
 # Logical axes of each role, outermost first; sharding maps them to mesh axes. "embed" is the residual stream, "rank"
-# the small inner size of a factored projection.
+# the small inner size of a factored projection, "router" the experts a router scores, which no device has a part of.
 AXES: dict[str, Axes] = {
     "output_norm.weight": ("embed",),
     "rope_freqs.weight": ("head_dim",),
@@ -26,8 +26,8 @@ AXES: dict[str, Axes] = {
     "post_attention_norm.weight": ("embed",),
     "ffn_norm.weight": ("embed",),
     "post_ffw_norm.weight": ("embed",),
-    "attn_q_norm.weight": ("heads",),
-    "attn_k_norm.weight": ("kv_heads",),
+    "attn_q_norm.weight": ("head_dim",),
+    "attn_k_norm.weight": ("head_dim",),
     "attn_q_a_norm.weight": ("rank",),
     "attn_kv_a_norm.weight": ("rank",),
     "attn_output.bias": ("embed",),
@@ -56,18 +56,18 @@ AXES: dict[str, Axes] = {
     "ffn_down.weight": ("embed", "ffn"),
     "ffn_gate.bias": ("ffn",),
     "ffn_up.bias": ("ffn",),
-    "ffn_gate_inp.weight": ("experts", "embed"),
-    "ffn_gate_inp.bias": ("experts",),
-    "exp_probs_b.bias": ("experts",),
-    "ffn_gate_exps.weight": ("experts", "ffn", "embed"),
-    "ffn_up_exps.weight": ("experts", "ffn", "embed"),
-    "ffn_down_exps.weight": ("experts", "embed", "ffn"),
-    "ffn_gate_exps.bias": ("experts", "ffn"),
-    "ffn_up_exps.bias": ("experts", "ffn"),
+    "ffn_gate_inp.weight": ("router", "embed"),
+    "ffn_gate_inp.bias": ("router",),
+    "exp_probs_b.bias": ("router",),
+    "ffn_gate_exps.weight": ("experts", "expert_ffn", "embed"),
+    "ffn_up_exps.weight": ("experts", "expert_ffn", "embed"),
+    "ffn_down_exps.weight": ("experts", "embed", "expert_ffn"),
+    "ffn_gate_exps.bias": ("experts", "expert_ffn"),
+    "ffn_up_exps.bias": ("experts", "expert_ffn"),
     "ffn_down_exps.bias": ("experts", "embed"),
-    "ffn_gate_shexp.weight": ("ffn", "embed"),
-    "ffn_up_shexp.weight": ("ffn", "embed"),
-    "ffn_down_shexp.weight": ("embed", "ffn"),
+    "ffn_gate_shexp.weight": ("shared_ffn", "embed"),
+    "ffn_up_shexp.weight": ("shared_ffn", "embed"),
+    "ffn_down_shexp.weight": ("embed", "shared_ffn"),
 }
 
 

@@ -3,22 +3,29 @@
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import row_ops
 from realm_jax.model.adapters import RowAdapters
 from realm_jax.model.params import Params
+from realm_jax.model.partition import WHOLE, Partition
 from realm_jax.quant import matmuls
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """The weights of one layer: for each role a stack, and a (traced) index into it; and the rows' adapters, if any."""
+    """The weights of one layer: for each role a stack, and a (traced) index into it; and the rows' adapters, if any.
+
+    On a mesh, what a device has of them: linear layers add up what the devices of a divided axis computed.
+    """
 
     params: Params
     places: dict[str, tuple[str, jax.Array]]  # role -> (stack, index)
     backend: str
     number: jax.Array  # int32 scalar: of the layer in the model
     lora: RowAdapters | None = None
+    partition: Partition = WHOLE
 
     def __contains__(self, role: str) -> bool:
         return role in self.places
@@ -43,6 +50,9 @@ class LayerWeights:
         y = self.params.stacks[stack].matmul(x, layer=index, backend=self.backend)
         if self.lora is not None:
             [y] = self.lora.add(x, [f"{name}.weight"], [y], self.number, self.backend)
+        axis = self.partition.reduced(name)
+        if axis is not None:
+            y = lax.psum(y, axis)
         return y + self.vector(f"{name}.bias") if f"{name}.bias" in self.places else y
 
     def linears(self, x: jax.Array, *names: str) -> list[jax.Array]:
@@ -54,10 +64,16 @@ class LayerWeights:
         return [y + self.vector(f"{n}.bias") if f"{n}.bias" in self.places else y for n, y in zip(names, ys)]
 
     def expert_linear(self, x: jax.Array, ids: jax.Array, name: str) -> jax.Array:
-        """Row i of x [M, K] through expert ids[i] -> float32 [M, N], bias included where the layer has one."""
+        """Row i of x [M, K] through expert ids[i] -> float32 [M, N], bias included where the layer has one.
+
+        Where the K axis is divided these are partial sums, the bias in one of them, which the caller is to add up.
+        """
         stack, index = self.places[f"{name}.weight"]
         y = self.params.stacks[stack].expert_matmul(x, ids, layer=index, backend=self.backend)
-        return y + self.vector(f"{name}.bias")[ids] if f"{name}.bias" in self.places else y
+        if f"{name}.bias" not in self.places:
+            return y
+        bias, axis = self.vector(f"{name}.bias")[ids], self.partition.reduced(name)
+        return y + (bias if axis is None else jnp.where(lax.axis_index(axis) == 0, bias, 0.0))
 
 
 def row_backend(backend: str) -> str:
