@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from realm_jax.gguf import open_gguf
+from realm_jax.checkpoint import open_model
 from realm_jax.llm import LLM
 from realm_jax.registry import resolve
 from realm_jax.results import Result
@@ -40,7 +40,7 @@ def bench(model: str | Path, progress: Progress | None = None) -> dict[str, Any]
         RealmError: as LLM.
     """
     path = resolve(model, progress)
-    with open_gguf(path) as file:
+    with open_model(path) as file:
         file_bytes = sum(tensor.nbytes for tensor in file.tensors.values())
     before = _live_bytes()
     begun = time.perf_counter()

@@ -13,6 +13,10 @@ class UnsupportedModelError(RealmError):
     """A valid file holds an architecture, tensor, type or metadata value that Realm does not implement."""
 
 
+class CheckpointError(RealmError):
+    """A checkpoint is damaged, cut short or written by a newer version, or one cannot be written."""
+
+
 class TokenizerError(RealmError):
     """A vocabulary is inconsistent or of a kind Realm does not implement."""
 
@@ -47,3 +51,11 @@ class QuotaError(CapacityError):
 
 class BackendError(RealmError):
     """The requested kernel backend is not available here or does not support the case."""
+
+
+class MissingPackageError(RealmError, ImportError):
+    """A package that only an extra of Realm installs is needed, and is not there."""
+
+
+class ClusterError(RealmError):
+    """The processes of a job were not started as one, differ, or do not reach each other."""

@@ -3,6 +3,7 @@
 
     python scripts/train_adapter.py SmolLM2-135M-Instruct.Q4_1.gguf
     python scripts/train_adapter.py MODEL --steps 10 --out /tmp/pirate   # a trial
+    python scripts/train_adapter.py MODEL --state /tmp/training          # again after an interruption: it goes on
 
 Writes the adapter in both forms, OUT/pirate.gguf and OUT/pirate (a PEFT folder), float16, and prints the answers to
 questions that were not trained on, without it and with it. Takes six minutes on two cores.
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--rank", type=int, default=RANK)
+    parser.add_argument("--state", type=Path, help="folder that the training is saved to, and goes on from")
     arguments = parser.parse_args()
 
     with open_gguf(arguments.model) as file:
@@ -93,7 +95,14 @@ def main() -> None:
             print(f"step {number:4d}  loss {loss:.3f}  {time.perf_counter() - started:6.0f} s", flush=True)
 
     adapter, _ = train(
-        model, examples, rank=arguments.rank, alpha=ALPHA, steps=arguments.steps, batch=4, progress=progress
+        model,
+        examples,
+        rank=arguments.rank,
+        alpha=ALPHA,
+        steps=arguments.steps,
+        batch=4,
+        state=arguments.state,
+        progress=progress,
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_gguf(adapter, arguments.out / "pirate.gguf", ALPHA)

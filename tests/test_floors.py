@@ -13,6 +13,7 @@ FLOORS = [
     {"llm", "planning", "ray_serve"},
     {"engine"},
     {"arguments", "lora", "structured"},
+    {"checkpoint"},
     {"sampling", "model"},
     {"cache", "quant", "text", "registry"},
     {"gguf", "results", "sampling_params"},

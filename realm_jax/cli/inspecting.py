@@ -12,18 +12,20 @@ _LONGEST_VALUE = 100
 
 
 def inspect(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A GGUF file, or the name of a downloaded model.")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A GGUF file, a checkpoint, or the name of a downloaded model.")
+    ],
     json: Json = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
 ) -> None:
     """Show what a model file holds; refuses whatever loading it would refuse."""
     from realm_jax import registry
-    from realm_jax.gguf import open_gguf
+    from realm_jax.checkpoint import open_model
     from realm_jax.gguf.summary import describe
     from realm_jax.model import check_model
     from realm_jax.text import load_tokenizer
 
-    with open_gguf(registry.find(file)) as opened:
+    with open_model(registry.find(file)) as opened:
         check_model(opened)
         load_tokenizer(opened)
         summary = describe(opened)
@@ -34,6 +36,7 @@ def inspect(
 
 
 def _write_summary(summary: dict[str, Any], with_tensors: bool) -> None:
+    kind = "GGUF version" if summary["format"] == "gguf" else "checkpoint of format"
     split = f" in {len(summary['parts'])} parts" if len(summary["parts"]) > 1 else ""
     rows = [
         ["file", printable(summary["path"])],
@@ -41,7 +44,7 @@ def _write_summary(summary: dict[str, Any], with_tensors: bool) -> None:
         ["architecture", printable(summary["architecture"])],
         ["parameters", f"{summary['parameters']:,}"],
         ["size", f"{summary['size']:,} bytes ({size(summary['size'])}){split}"],
-        ["format", f"GGUF version {summary['version']}, {summary['tensor_count']} tensors"],
+        ["format", f"{kind} {summary['version']}, {summary['tensor_count']} tensors"],
     ]
     rows += [
         [f"  {name}", f"{held['tensors']} tensor{'s' * (held['tensors'] != 1)}, {size(held['bytes'])}"]
@@ -81,11 +84,13 @@ def tokenize(
 ) -> None:
     """Show the token ids of a text."""
     from realm_jax import registry
+    from realm_jax.checkpoint import open_model
     from realm_jax.text import load_tokenizer
 
     with progress_bars() as progress:
         path = registry.resolve(model, progress)
-    tokenizer = load_tokenizer(path)
+    with open_model(path) as opened:
+        tokenizer = load_tokenizer(opened)
     content = read_text(text) if text == "-" else text
     tokens = tokenizer.encode(content, add_special=special, parse_special=parse_special)
     if json:

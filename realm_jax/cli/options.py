@@ -8,8 +8,8 @@ Model = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help="A GGUF file, a folder with one, a name of `realm models list`, or owner/name[:QUANT] on the Hugging Face "
-        "hub; left out, the small default model.",
+        help="A GGUF file, a folder with one, a checkpoint, a name of `realm models list`, or owner/name[:QUANT] on "
+        "the Hugging Face hub; left out, the small default model.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -30,7 +30,7 @@ class GGUFFile:
     """A GGUF file, read-only. A context manager; arrays from `data` stay valid after `close`.
 
     path: the file as it was named; parts: the files it consists of (one, unless split); nbytes: their total size.
-    version: 2 or 3.
+    format, version: "gguf", 2 or 3.
     metadata: key -> int, float, bool, str, list of str, or read-only numpy array (arrays of numbers and booleans). Text
         that is no UTF-8 keeps its bytes as surrogate escapes. Of a split file, the first part's.
     tensors: name -> TensorInfo, in file order.
@@ -38,6 +38,8 @@ class GGUFFile:
     Raises GGUFError on opening. Not for files that others write to meanwhile: `data` checks that the file is still long
     enough, but a file cut short while an array of it is in use ends the process (SIGBUS), as with any memory map.
     """
+
+    format = "gguf"
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(os.fsdecode(path))

@@ -5,19 +5,17 @@ from typing import Any
 
 import numpy as np
 
-from realm_jax.gguf.file import GGUFFile
-
 LONGEST_ARRAY = 16  # longer arrays are shown by their beginning
 
 
-def describe(file: GGUFFile) -> dict[str, Any]:
-    """A JSON-able description of an open file: what it is, its metadata, its tensors.
+def describe(file: Any) -> dict[str, Any]:
+    """A JSON-able description of an open GGUFFile, or CheckpointFile: what it is, its metadata, its tensors.
 
-    Keys: path, parts, version, size (bytes of all parts), architecture and name (None where the file does not say),
-    parameters (elements of all tensors), tensor_count, types ({type: {"tensors": n, "bytes": n}}, the largest first),
-    metadata ({key: value}; an array longer than LONGEST_ARRAY as {"type", "length", "first"}), tensors (a list of
-    {"name", "shape", "type", "bytes"} in file order, shapes outermost dimension first). Bytes that are no UTF-8 appear
-    as U+FFFD, floats that are not finite as strings.
+    Keys: format ("gguf" or "checkpoint"), path, parts, version, size (bytes of all parts), architecture and name (None
+    where the file does not say), parameters (elements of all tensors), tensor_count, types ({type: {"tensors": n,
+    "bytes": n}}, the largest first), metadata ({key: value}; an array longer than LONGEST_ARRAY as {"type", "length",
+    "first"}), tensors (a list of {"name", "shape", "type", "bytes"} in file order, shapes outermost dimension first).
+    Bytes that are no UTF-8 appear as U+FFFD, floats that are not finite as strings.
     """
     types: dict[str, dict[str, int]] = {}
     for tensor in file.tensors.values():
@@ -25,6 +23,7 @@ def describe(file: GGUFFile) -> dict[str, Any]:
         entry["tensors"] += 1
         entry["bytes"] += tensor.nbytes
     return {
+        "format": file.format,
         "path": _text(str(file.path)),
         "parts": [_text(str(part)) for part in file.parts],
         "version": file.version,

@@ -1,8 +1,11 @@
 """Training a small adapter: gradients with respect to A and B alone, through the packed weights of the base."""
 
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from realm_jax.checkpoint.manifest import TRAINING, is_checkpoint
 from realm_jax.errors import InvalidRequestError
 from realm_jax.lora.adapter import Adapter, Pair, Place, name_of, weight_shapes
 from realm_jax.model.adapters import RowAdapters
@@ -18,6 +22,9 @@ from realm_jax.model.decoder import logits, run_layers
 from realm_jax.model.params import Model
 
 Matrices = dict[str, tuple[jax.Array, jax.Array]]  # by role: a float32 [L, 1, R, K], b [L, 1, N, R]
+State = tuple[Matrices, Matrices, Matrices]  # the matrices, and Adam's means and squares of their gradients
+
+_PARTS = ("values", "means", "squares")  # of a State
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ def train(
     batch: int = 4,
     learning_rate: float = 2e-3,
     seed: int = 0,
+    state: str | os.PathLike[str] | None = None,
+    save_every: int = 20,
     progress: Callable[[int, float], None] | None = None,
 ) -> tuple[Adapter, list[float]]:
     """Trains an adapter by Adam (arXiv:1412.6980), the learning rate falling to a tenth along a cosine.
@@ -48,13 +57,17 @@ def train(
         examples: drawn at random in every order, `batch` a step.
         roles: matrices of the layers to adapt; every layer has them.
         rank, alpha: of the adapter. steps, batch, learning_rate, seed: of the training.
+        state: a folder that the training is saved to every `save_every` steps and at its end; one that is found there
+            goes on where it was saved, and ends with the same bits as if it had not been interrupted.
         progress: called after each step with its number, from 1, and its loss.
 
     Returns:
         The adapter, float16, and the mean negative log-likelihood of the learned tokens at each step, in nats.
 
     Raises:
-        InvalidRequestError: no examples, one with nothing to learn, or a role that not every layer has.
+        InvalidRequestError: no examples, one with nothing to learn, a role that not every layer has, or the training
+            in `state` is another one.
+        CheckpointError: what is in `state` is damaged or no training, or it cannot be written.
     """
     for example in examples:
         if not 1 <= example.answer < len(example.tokens):
@@ -62,6 +75,8 @@ def train(
                 f"an example of {len(example.tokens)} tokens has its answer at {example.answer}; from 1 to the last "
                 "token is accepted"
             )
+    if save_every < 1:
+        raise InvalidRequestError(f"save_every is {save_every}; at least 1 is accepted")
     if not examples:
         raise InvalidRequestError("there are no examples; at least one is accepted")
     matrices = _initial(model, roles, rank, seed)
@@ -74,20 +89,76 @@ def train(
 
     step = jax.jit(partial(_step, scale=alpha / rank), donate_argnums=0)
     zeros = jax.tree.map(jnp.zeros_like, matrices)
-    state = (matrices, zeros, jax.tree.map(jnp.zeros_like, matrices))
+    at: State = (matrices, zeros, jax.tree.map(jnp.zeros_like, matrices))
+    settings = {
+        "architecture": model.config.architecture,
+        "roles": list(roles),
+        "rank": rank,
+        "alpha": alpha,
+        "steps": steps,
+        "batch": batch,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "examples": hashlib.sha256(tokens.tobytes() + learned.tobytes()).hexdigest(),
+    }
+    losses: list[float] = []
+    if state is not None:
+        from realm_jax.checkpoint import save_state  # imports Orbax, which takes a second or two
+    if state is not None and is_checkpoint(Path(state)):
+        at, losses = _resumed(state, at, settings)
     rng = np.random.default_rng(seed)
     order: list[int] = []
-    losses = []
     for number in range(1, steps + 1):
         while len(order) < batch:
             order.extend(rng.permutation(len(examples)))
         chosen, order = order[:batch], order[batch:]
+        if number <= len(losses):  # before it was saved
+            continue
         rate = learning_rate * (0.55 + 0.45 * np.cos(np.pi * (number - 1) / steps))
-        state, loss = step(state, model, tokens[chosen], learned[chosen], np.float32(number), np.float32(rate))
+        at, loss = step(at, model, tokens[chosen], learned[chosen], np.float32(number), np.float32(rate))
         losses.append(float(loss))
         if progress is not None:
             progress(number, losses[-1])
-    return _adapter(model, state[0], alpha / rank), losses
+        if state is not None and (number % save_every == 0 or number == steps):
+            save_state(state, TRAINING, _named(at), {"settings": settings, "losses": losses}, force=True)
+    return _adapter(model, at[0], alpha / rank), losses
+
+
+def _named(state: State) -> dict[str, jax.Array]:
+    """The arrays of a training by name."""
+    return {
+        f"{which}.{role}.{half}": array
+        for which, matrices in zip(_PARTS, state)
+        for role, pair in matrices.items()
+        for half, array in zip("ab", pair)
+    }
+
+
+def _resumed(folder: str | os.PathLike[str], fresh: State, settings: dict[str, Any]) -> tuple[State, list[float]]:
+    """The training saved in a folder, and its losses so far."""
+    from realm_jax.checkpoint import load_state
+
+    arrays, facts = load_state(folder, TRAINING)
+    saved, losses = facts.get("settings"), facts.get("losses")
+    counted = isinstance(losses, list) and all(isinstance(loss, float) for loss in losses)
+    if not isinstance(saved, dict) or not counted or len(losses) > settings["steps"]:
+        raise InvalidRequestError(
+            f"the training in {folder} does not say how far it is; accepted: one that train saved"
+        )
+    for name, value in settings.items():
+        if saved.get(name) != value:
+            raise InvalidRequestError(
+                f"the training in {folder} has {name} {str(saved.get(name))[:60]}, and {str(value)[:60]} was asked "
+                "for; accepted: the same settings, or another folder"
+            )
+    wanted = {name: array.shape for name, array in _named(fresh).items()}
+    if {name: array.shape for name, array in arrays.items()} != wanted:
+        raise InvalidRequestError(f"the training in {folder} is of matrices of another model's shapes")
+    values, means, squares = (
+        {role: tuple(jnp.asarray(arrays[f"{which}.{role}.{half}"], jnp.float32) for half in "ab") for role in matrices}
+        for which, matrices in zip(_PARTS, fresh)
+    )
+    return (values, means, squares), losses
 
 
 def scores_of(model: Model, tokens: jax.Array, lora: RowAdapters | None = None) -> jax.Array:
@@ -110,7 +181,7 @@ def loss_of(model: Model, matrices: Matrices, scale: float, tokens: jax.Array, l
 
 
 def _step(
-    state: tuple[Matrices, Matrices, Matrices],
+    state: State,
     model: Model,
     tokens: jax.Array,
     learned: jax.Array,
@@ -118,7 +189,7 @@ def _step(
     rate: jax.Array,
     *,
     scale: float,
-) -> tuple[tuple[Matrices, Matrices, Matrices], jax.Array]:
+) -> tuple[State, jax.Array]:
     matrices, means, squares = state
     loss, gradients = jax.value_and_grad(lambda m: loss_of(model, m, scale, tokens, learned))(matrices)
     means = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, means, gradients)

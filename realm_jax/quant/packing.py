@@ -96,6 +96,21 @@ def pack(
     return out
 
 
+def tile(
+    rows: dict[str, np.ndarray], shape: tuple[int, ...], type: Any, out: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The packed arrays of a matrix [..., N, K] in rows -> in tiles, in ``out``, which packed_spec describes."""
+    count = math.prod(shape[:-1])
+    flat = {name: _rows_view(a, count) for name, a in rows.items()}
+    step = max(1, CHUNK_BYTES // max(1, sum(a[0].nbytes for a in flat.values())))
+
+    def some(first: int, last: int) -> dict[str, np.ndarray]:
+        return {name: a[first:last] for name, a in flat.items()}
+
+    _pack_tiles(out["tiles"], count, shape, format_of(type), some, -(-step // native.ROWS) * native.ROWS)
+    return out
+
+
 def _pack_tiles(
     out: np.ndarray,
     rows: int,

@@ -1,4 +1,4 @@
-"""From the name a user gives to a file: a local path, a named model, or a model on the hub."""
+"""From the name a user gives to a file or a checkpoint: a local path, a named model, or a model on the hub."""
 
 import shutil
 from dataclasses import dataclass
@@ -25,11 +25,12 @@ class ModelStatus:
 
 
 def resolve(name: str | Path | None = None, progress: Progress | None = None) -> Path:
-    """The GGUF file that `name` means, downloaded first where needed; the first part of a split one.
+    """The GGUF file that `name` means, downloaded first where needed; the first part of a split one; or the folder of a
+    checkpoint.
 
     Args:
-        name: a path (a file, or a folder with one model), a name of `realm models list`, `owner/name[:QUANT]` or
-            `owner/name/file.gguf` on the Hugging Face hub; None means the small default model.
+        name: a path (a file, a folder with one model, or a checkpoint), a name of `realm models list`,
+            `owner/name[:QUANT]` or `owner/name/file.gguf` on the Hugging Face hub; None means the small default model.
         progress: told of a download as progress(what, bytes done, bytes in all or 0).
 
     Raises:

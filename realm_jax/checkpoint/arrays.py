@@ -1,0 +1,165 @@
+"""The items of a checkpoint: dicts of arrays, each written and restored by Orbax, with a checksum for every part.
+
+Uncompressed: packed weights do not get smaller. Restored are whole arrays on the host, or shardings of them, and every
+value that is restored is checked before it is used.
+"""
+
+import logging
+import math
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from realm_jax.checkpoint.manifest import Manifest
+from realm_jax.errors import CheckpointError
+from realm_jax.interrupt import interrupt_deferred
+
+CHUNK_BYTES = 32 << 20  # at most, of the pieces an array is written in: what a reader holds twice
+
+_MAX_THREADS = 8
+_INLINE_BYTES = 4 << 20  # of an array's pieces, those of up to 1 kB are compressed in an index; there may be 48 * 48
+_CRC_BYTES = 4 << 20  # copied at once where a part's bytes do not lie together
+
+Axes = tuple[int, ...]
+Specs = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # shape and dtype of arrays by name
+
+
+def save_item(folder: Path, arrays: Mapping[str, np.ndarray], part_axes: Mapping[str, Axes]) -> dict[str, list[int]]:
+    """Writes arrays into a new folder.
+
+    part_axes: the axes of an array that count parts: no piece of a file holds values of two parts.
+    Returns CRC-32 of every part, in the order of the axes. Raises CheckpointError when they cannot be written.
+    """
+    save_args = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=part_axes.get(name, ())) for name in arrays}
+    tree = dict(arrays)
+    try:
+        # A Ctrl-C waits for it: threads would go on writing into a folder that is being removed.
+        with _quiet(), interrupt_deferred():
+            _checkpointer().save(folder, args=ocp.args.PyTreeSave(tree, save_args=save_args))
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # TensorStore has one type for all that goes wrong
+        raise CheckpointError(f"{folder}: cannot be written: {_first_line(error)}") from error
+    return {name: part_sums(array, part_axes.get(name, ())).ravel().tolist() for name, array in arrays.items()}
+
+
+def restore_item(
+    manifest: Manifest, item: str, specs: Specs, shardings: Mapping[str, jax.sharding.Sharding] | None = None
+) -> dict[str, Any]:
+    """The arrays of an item: on the host, or sharded as they are restored; not yet checked against their checksums.
+
+    specs: what they must be. Raises CheckpointError when they are not, or cannot be read.
+    """
+    folder = manifest.folder / item
+    needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+    if needed > manifest.item_bytes(item) + _INLINE_BYTES * len(specs):
+        raise manifest.damaged(f"{item} has {manifest.item_bytes(item):,} bytes, and its arrays need {needed:,}")
+    try:
+        with _quiet():
+            checkpointer = _checkpointer()
+            _check_stored(manifest, item, specs, checkpointer.metadata(folder).item_metadata)
+            if shardings is None:
+                args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in specs}
+            else:
+                args = {
+                    name: ocp.ArrayRestoreArgs(sharding=shardings[name], global_shape=shape, strict=True)
+                    for name, (shape, _) in specs.items()
+                }
+            return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args=args))
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:  # from JSON, asyncio, Orbax and TensorStore: of many types
+        raise manifest.damaged(f"{item} cannot be read: {_first_line(error)}") from error
+
+
+def check_sums(manifest: Manifest, item: str, name: str, whole: tuple[int, ...], array: Any, axes: Axes) -> None:
+    """Holds what was restored of an array, on the host or of this process's devices, to its checksums.
+
+    whole: the shape of all of it. Raises CheckpointError.
+    """
+    stated = manifest.sums.get(item, {}).get(name, [])
+    parts = tuple(whole[axis] for axis in axes)
+    if len(stated) != math.prod(parts):
+        raise manifest.damaged(f"{item} has {len(stated)} checksums of {name}, not {math.prod(parts)}")
+    wanted = np.array(stated, object).reshape(parts)
+    for index, held in _shards(array):
+        found = part_sums(held, axes)
+        if (found != wanted[tuple(index[axis] for axis in axes)]).any():
+            raise manifest.damaged(f"{item}: values of {name} are not those that were written (CRC-32)")
+
+
+def _shards(array: Any) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """What is here of an array, each different part of it once."""
+    if isinstance(array, np.ndarray):
+        yield (slice(None),) * array.ndim, array
+        return
+    seen = set()
+    for shard in array.addressable_shards:
+        key = tuple((index.start, index.stop) for index in shard.index)
+        if key not in seen:
+            seen.add(key)
+            yield shard.index, np.asarray(shard.data)
+
+
+def part_sums(array: np.ndarray, axes: Axes) -> np.ndarray:
+    """CRC-32 of the bytes of every part of an array, in the shape of the axes that count parts."""
+    parts = np.moveaxis(array, axes, range(len(axes)))
+    shape = parts.shape[: len(axes)]
+    with ThreadPoolExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
+        found = list(pool.map(lambda index: _crc(parts[index]), np.ndindex(shape)))
+    return np.array(found, object).reshape(shape)
+
+
+def _crc(values: np.ndarray, crc: int = 0) -> int:
+    """CRC-32 of an array's values in C order."""
+    if values.flags.c_contiguous:
+        return zlib.crc32(values.reshape(-1).view(np.uint8), crc)
+    if values.nbytes <= _CRC_BYTES or values.ndim == 1:
+        return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8), crc)
+    for part in values:
+        crc = _crc(part, crc)
+    return crc
+
+
+def _check_stored(manifest: Manifest, item: str, specs: Specs, stored: Any) -> None:
+    """Before memory is taken for them: the arrays are those that are expected, cut into pieces no larger than they."""
+    tree = getattr(stored, "tree", stored)
+    if not isinstance(tree, dict) or set(tree) != set(specs):
+        raise manifest.damaged(f"{item} does not hold the arrays {', '.join(specs)}")
+    for name, (shape, dtype) in specs.items():
+        found = tree[name]
+        if tuple(found.shape) != shape or np.dtype(found.dtype) != dtype:
+            raise manifest.damaged(f"{item}: {name} is {found.dtype}{tuple(found.shape)}, not {dtype}{shape}")
+        if any(chunk > n for chunk, n in zip(found.storage.chunk_shape, shape, strict=True)):
+            raise manifest.damaged(f"{item}: {name} is cut into pieces of {tuple(found.storage.chunk_shape)}")
+
+
+@cache
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax's log without what is no trouble of the user's."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    cause = error.__cause__ if type(error) is Exception and error.__cause__ is not None else error
+    return (str(cause).splitlines() or [type(cause).__name__])[0][:300]
