@@ -15,8 +15,8 @@ def plan(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A GGUF file, a name of `realm models list` that is downloaded, a JSON file of metadata, or a shape: "
-            "llama-70b:Q4_K.",
+            help="A GGUF file, a checkpoint, a name of `realm models list` that is downloaded, a JSON file of "
+            "metadata, or a shape such as llama-70b:Q4_K.",
         ),
     ],
     topology: Annotated[str, typer.Option(help="Devices: h100:8, v5e:4x4, cpu:2 and the like.")],

@@ -9,8 +9,8 @@ from typing import Any
 
 from pallas_kernels.quant_matmul.formats import FORMATS
 from realm_jax import registry
+from realm_jax.checkpoint import open_model
 from realm_jax.errors import GGUFError, InvalidRequestError, ModelNotFoundError
-from realm_jax.gguf import open_gguf
 from realm_jax.gguf.header import quote
 from realm_jax.model.config import ModelConfig, read_config
 from realm_jax.model.partition import Partition
@@ -106,7 +106,8 @@ def read_outline(model: str | Path, context_length: int | None = None) -> Outlin
 
     Args:
         model: a name of SHAPES, a JSON file of GGUF metadata (see metadata_outline), either with ":TYPE" behind it for
-            the type of its matrices; or a GGUF file's path, or a name of the registry that is downloaded: its header.
+            the type of its matrices; or the path of a GGUF file or checkpoint, or a name of the registry that is
+            downloaded: its header is read.
         context_length: as for read_config.
 
     Raises:
@@ -127,7 +128,7 @@ def read_outline(model: str | Path, context_length: int | None = None) -> Outlin
         if "/" in text or text.endswith(".gguf"):
             raise
         raise ModelNotFoundError(f"{error}; nor a shape to plan for: {', '.join(SHAPES)}") from None
-    with open_gguf(path) as file:
+    with open_model(path) as file:
         config, specs = check_model(file, context_length)
         types = {spec.name: file.tensors[spec.name].type.name for spec in specs}
     return Outline(text, config, tuple(specs), types)

@@ -168,7 +168,7 @@ def plan(
         collectives=planner.collectives,
         moved_per_token=sum(one.moved for one in planner.collectives),
         decode=decode,
-        prefill=planner.prefill(),
+        prefill=planner.prefill(batch),
     )
 
 
@@ -228,9 +228,9 @@ class _Planner:
         work = costs.operations(self._outline, self._partition, rows, rows, context)
         return self._step(batch, rows, rows, read, work)
 
-    def prefill(self) -> Step:
+    def prefill(self, batch: int) -> Step:
         """As many tokens as the engine takes at once, the first of a prompt."""
-        rows, drawn = self._prefill_rows()
+        rows, drawn = self._prefill_rows(batch)
         read = costs.weights_read(self._outline, self._partition, rows)
         work = costs.operations(self._outline, self._partition, rows, drawn, rows / 2)
         return self._step(PREFILL_TOKENS, rows, drawn, read, work)
@@ -263,10 +263,9 @@ class _Planner:
         """Of a batch, what one device of the data axis has."""
         return -(-batch // self._data)
 
-    def _prefill_rows(self) -> tuple[int, int]:
+    def _prefill_rows(self, batch: int) -> tuple[int, int]:
         """Of one prefill: tokens that a device has, and how many of them it computes logits of."""
-        rows = PREFILL_TOKENS // self._data
-        return max(1, rows), max(1, rows // CHUNK_SIZES[1])
+        return max(1, PREFILL_TOKENS // self._data), min(batch, PREFILL_TOKENS // CHUNK_SIZES[1])
 
     def _cache(self, batch: int, context: int) -> int:
         return self._rows(batch) * -(-context // BLOCK_SIZE) * BLOCK_SIZE * self._token_bytes
@@ -274,7 +273,7 @@ class _Planner:
     def _workspace(self, batch: int) -> int:
         rows = self._rows(batch)
         decode = costs.activations(self._outline, self._partition, rows, rows)
-        return max(decode, costs.activations(self._outline, self._partition, *self._prefill_rows()))
+        return max(decode, costs.activations(self._outline, self._partition, *self._prefill_rows(batch)))
 
     def _for_cache(self, batch: int) -> int:
         """Bytes that the cache may have beside the workspace of such a batch; negative when weights do not fit."""

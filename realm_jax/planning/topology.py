@@ -47,6 +47,7 @@ _MIB, _GIB = 1 << 20, 1 << 30
 # NCCL's own model of a ring with its protocol for small messages (src/graph/tuning.cc): microseconds to begin, and for
 # each step over NVLink or PCI Express.
 _NCCL, _NVLINK, _PCI = 6.6e-6, 0.6e-6, 1.0e-6
+_ICI = 0.5e-6  # about a microsecond a hop, and both directions of the ring at once take half the steps
 
 
 def _gpu(name: str, mib: int, bandwidth: float, flops: float, link: float, network: float = 0.0) -> Device:
@@ -55,14 +56,14 @@ def _gpu(name: str, mib: int, bandwidth: float, flops: float, link: float, netwo
 
 
 def _tpu(name: str, gib: int, bandwidth: float, flops: float, link: float, pod: int) -> Device:
-    return Device(name, "tpu", gib * _GIB, bandwidth, flops, link, hop=1e-6, node=pod)
+    return Device(name, "tpu", gib * _GIB, bandwidth, flops, link, hop=_ICI, node=pod)
 
 
 # GPUs: memory as the driver reports it; the rest from NVIDIA's data sheets of the SXM modules (A100, H100, H200), of
 # DGX B200, and of the L4, T4 and RTX 4090 cards: tensor cores without sparsity, half of "bidirectional" for the link,
 # and the network adapters of the DGX of that generation, one for each GPU.
-# TPUs: jax-ml.github.io/scaling-book, chapters on TPUs and sharding: bandwidth of both directions of one ring, and
-# about a microsecond a hop; cloud.google.com/tpu/docs has the same figures of the chips.
+# TPUs: jax-ml.github.io/scaling-book, chapters on TPUs and sharding, the link being both directions of one ring;
+# cloud.google.com/tpu/docs has the same figures of the chips.
 DEVICES: dict[str, Device] = {
     "a100-40": _gpu("NVIDIA A100 40 GB", 40_960, 1.555e12, 312e12, 300e9, 25e9),
     "a100-80": _gpu("NVIDIA A100 80 GB", 81_920, 2.039e12, 312e12, 300e9, 25e9),
