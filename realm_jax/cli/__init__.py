@@ -7,7 +7,7 @@ import sys
 
 def main() -> None:
     """Run the command line of sys.argv and exit."""
-    _open_standard_streams()
+    open_standard_streams()
     try:
         from realm_jax.cli.app import run
 
@@ -17,7 +17,7 @@ def main() -> None:
     sys.exit(code)
 
 
-def _open_standard_streams() -> None:
+def open_standard_streams() -> None:
     """What the caller has closed is /dev/null: no file opened later may get its number and what is written there."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:

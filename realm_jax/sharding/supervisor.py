@@ -26,6 +26,7 @@ from realm_jax.sharding.start import HEARTBEAT
 _ORDERLY = 8.0  # seconds that the processes have to end after the command has
 _INTERRUPTED = 5.0  # seconds that the command has after Ctrl-C
 _TOLD = 1.0  # seconds for telling other machines why the job has ended
+_LATE = 5.0  # seconds after the time limit for starting, in which the processes say themselves what they wait for
 _TWICE = 3.0  # seconds within which a second Ctrl-C ends what goes on after one
 _ROOT = str(Path(__file__).resolve().parents[2])  # where the ranks find this package
 _TAIL = 1 << 14  # bytes kept of what a process wrote
@@ -100,6 +101,7 @@ class _Supervisor:
         self.kill_at: float | None = None
         self.pass_on_at: float | None = None
         self.interrupts: list[float] = []
+        self.start_by = time.monotonic() + job.timeout + _LATE
         self.selector = selectors.DefaultSelector()
 
     def run(self) -> int:
@@ -241,6 +243,9 @@ class _Supervisor:
                     child.process.send_signal(signal.SIGINT)
         if self.interrupts and not self.job.interactive and now >= self.interrupts[-1] + _INTERRUPTED:
             self._decide(130, "stopped with Ctrl-C; the job has ended")
+        if now >= self.start_by and not all(child.joined for child in self.children):
+            processes, limit = self.job.ranks[0].processes, f"{self.job.timeout:.0f} seconds"
+            self._decide(2, f"not all {processes} processes of the job came within {limit}, and were ready")
         if self.kill_at is not None and now >= self.kill_at:
             self._kill()
 
@@ -248,6 +253,8 @@ class _Supervisor:
         moments = [self.pass_on_at, self.kill_at]
         if self.interrupts and not self.job.interactive and self.code is None:
             moments.append(self.interrupts[-1] + _INTERRUPTED)
+        if self.code is None and not all(child.joined for child in self.children):
+            moments.append(self.start_by)
         left = [moment - time.monotonic() for moment in moments if moment is not None]
         return max(0.0, min(left)) if left else None
 
@@ -343,7 +350,8 @@ def _lost(written: str) -> str | None:
     _, fatal, text = written.rpartition("JAX distributed service detected fatal errors")
     if not fatal:
         return None
-    ranks = sorted({int(rank) for rank in re.findall(r"/task:([0-9]+)", text)})
+    listed = re.search(r"stopped sending heartbeats\):([0-9,\s]+)", text)
+    ranks = sorted({int(rank) for rank in re.findall(r"[0-9]+", listed[1])}) if listed else []
     return f"rank {' and '.join(map(str, ranks))}" if ranks else "rank 0, the coordinator,"
 
 
