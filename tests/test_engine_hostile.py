@@ -151,15 +151,17 @@ def play(rng, steps):
         )
         for name in "abcd"[: rng.choice([2, 3, 4])]
     ]
+    regions = rng.choice([1, 1, 2])
+    pages, slots = rng.choice([20, 24, 32, 64]), rng.choice([1, 2, 4, 8])
     scheduler = make_scheduler(
-        pages=rng.choice([20, 24, 32, 64]), slots=rng.choice([1, 2, 4, 8]), budget=4 * 16, tenants=tenants
+        pages=pages * regions, slots=slots * regions, budget=4 * 16, tenants=tenants, regions=regions
     )
     styles = {tenant.name: rng.choice(list(STYLES)) for tenant in tenants}
     worst = 0.0
 
     def submit(name):
         length, output = STYLES[styles[name]]
-        most = min(16, scheduler.pages.total - sum(n for other, n in scheduler.cache.floors.items() if other != name))
+        most = min(16, scheduler.pages.region_size - sum(n for other, n in scheduler.cache.floors.items() if other != name))
         one = make_sequence(
             min(length, 4 * most - output - 1),
             output=output,

@@ -162,7 +162,9 @@ def random_operations(data):
     each other, too few pages: tokens as if alone, and nothing leaks."""
     adapters = FakeAdapters()
     tenants = [Tenant("a", weight=2.0), Tenant("b", max_pages=17), Tenant("c", min_pages=1)]
-    runner = FakeRunner(max_batch=data.draw(st.integers(1, 4)), num_pages=data.draw(st.integers(17, 40)))
+    regions = data.draw(st.sampled_from([1, 1, 2]))
+    slots, pages = data.draw(st.integers(1, 4)), data.draw(st.integers(17, 40))
+    runner = FakeRunner(max_batch=slots * regions, num_pages=pages * regions, regions=regions)
     loop = HostLoop(runner, tenants=tenants, adapters=adapters)
     streams = []
 

@@ -15,13 +15,13 @@ from realm_jax.errors import CapacityError, InvalidRequestError
 CHUNK, PAGE = 16, 4
 
 
-def make_scheduler(pages=32, slots=3, budget=2 * CHUNK, table_size=16, tenants=(), fair=True):
+def make_scheduler(pages=32, slots=3, budget=2 * CHUNK, table_size=16, tenants=(), fair=True, regions=1):
     def padded(tokens):
         whole, rest = divmod(tokens, CHUNK)
         return whole * CHUNK + (next(size for size in (1, 4, CHUNK) if size >= rest) if rest else 0)
 
     return Scheduler(
-        PageAllocator(pages),
+        PageAllocator(pages, regions),
         slots=slots,
         page_size=PAGE,
         table_size=table_size,
@@ -434,10 +434,11 @@ def test_tenants_are_known_by_name():
 @given(st.data())
 def test_random_operations_keep_the_books(data):
     """Whatever happens: no page is in two places, nobody starves, and at the end all is free again."""
-    slots, total = data.draw(st.integers(1, 4)), data.draw(st.integers(8, 24))
+    regions = data.draw(st.sampled_from([1, 1, 2]))
+    slots, total = regions * data.draw(st.integers(1, 4)), regions * data.draw(st.integers(8, 24))
     tenants = [Tenant("a", weight=2.0, min_pages=1), Tenant("b", max_pages=8), Tenant("c")]
     budget = data.draw(st.sampled_from([1, 16, 40]))
-    scheduler = make_scheduler(pages=total, slots=slots, budget=budget, tenants=tenants)
+    scheduler = make_scheduler(pages=total, slots=slots, budget=budget, tenants=tenants, regions=regions)
     alive = []
     for _ in range(data.draw(st.integers(1, 60))):
         action = data.draw(st.sampled_from(["submit", "submit", "cancel", "step", "step", "step"]))
@@ -468,6 +469,8 @@ def check_books(scheduler, alive, slots):
     holders = {}
     for sequence in scheduler.running:
         assert sequence.table[: len(sequence.pages)].tolist() == sequence.pages
+        region = sequence.slot // (slots // scheduler.pages.regions)
+        assert {scheduler.pages.region_of(page) for page in sequence.pages} <= {region}
         for page in sequence.pages:
             holders[page] = holders.get(page, 0) + 1
     for entry in scheduler.cache._entries.values():
@@ -489,3 +492,61 @@ def step(scheduler, alive):
     run(scheduler, rows)
     for sequence in finish(scheduler):
         alive.remove(sequence)
+
+
+# Regions, of a mesh's data axis
+
+
+def test_sequences_spread_over_regions():
+    scheduler = make_scheduler(slots=4, regions=2)
+    for _ in range(4):
+        scheduler.submit(make_sequence(8))
+    assert [sequence.region for sequence in scheduler.admit()] in ([0, 1, 0, 1], [1, 0, 1, 0])
+
+
+def test_a_prefix_draws_its_sequences_to_its_region():
+    scheduler = make_scheduler(slots=4, regions=2)
+    first = make_sequence(prefix_tokens(20), cache=True)
+    scheduler.submit(first)
+    while not first.generated:
+        scheduler.admit()
+        run(scheduler, scheduler.next_batch())
+    scheduler.remove(first)
+    for _ in range(2):
+        again = make_sequence(prefix_tokens(20), cache=True)
+        scheduler.submit(again)
+        [started] = scheduler.admit()
+        assert (started.region, started.reused) == (first.region, 16)
+    third = make_sequence(prefix_tokens(20), cache=True)  # its region has no slot left
+    scheduler.submit(third)
+    [started] = scheduler.admit()
+    assert (started.region, started.reused) == (1 - first.region, 0)
+
+
+def test_a_full_region_takes_pages_from_its_own_alone():
+    scheduler = make_scheduler(pages=16, slots=4, regions=2, table_size=8)
+    long, other = make_sequence(24, output=8), make_sequence(4, output=20)
+    for sequence in (long, other):
+        scheduler.submit(sequence)
+    scheduler.admit()
+    assert {long.region, other.region} == {0, 1}
+    late = make_sequence(4, output=20)
+    scheduler.submit(late)
+    scheduler.admit()
+    for _ in range(12):
+        scheduler.admit()
+        run(scheduler, scheduler.next_batch())
+        finish(scheduler)
+        assert other.slot is not None or other.length == other.limit  # never preempted for the other region
+
+
+def test_what_one_request_may_hold_is_of_one_region():
+    scheduler = make_scheduler(pages=16, slots=2, regions=2, table_size=16)
+    scheduler.check(32)
+    with pytest.raises(CapacityError, match="33 tokens need 9 pages of the cache; it has 8"):
+        scheduler.check(33)
+    pages, _ = scheduler.reserve(32)
+    assert len({scheduler.pages.region_of(page) for page in pages}) == 1
+    assert scheduler.reservable(32)
+    scheduler.reserve(32)
+    assert not scheduler.reservable(1)
