@@ -16,7 +16,7 @@ FLOORS = [
     {"checkpoint"},
     {"sampling", "model"},
     {"cache", "quant", "text", "registry"},
-    {"gguf", "results", "sampling_params"},
+    {"gguf", "results", "sampling_params", "sharding"},
     {"errors", "interrupt", "pallas_kernels"},
 ]
 WITHOUT_JAX = {"cli", "text", "structured", "registry", "gguf", "results", "sampling_params", "errors"} | {

@@ -64,6 +64,7 @@ class Leader:
 def follow() -> None:
     """Does what process 0 tells, until it has closed all its models. RealmError, and anything a device may raise."""
     link = _link()
+    jax.devices()  # which all processes find together
     followed: dict[int, _Followed] = {}
     while True:
         message = link.hear()
