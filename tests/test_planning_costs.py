@@ -120,7 +120,7 @@ def test_a_layer_costs_what_xla_counts(metadata: dict[str, Any], tensor: int) ->
         planned.append((work, costs.weights_read(outline, partition, rows=2)))
     (work, read), (flops, size) = of_a_layer(planned), of_a_layer(seen)
     print(f"of a layer: {flops:.5g} operations, planned {work:.5g}; {size:.5g} bytes, planned {read:.5g}")
-    close = 0.03 if metadata is SMALL else 0.005  # what is not a matrix weighs less in a large model
+    close = 0.03 if metadata is SMALL else 0.01  # what is not a matrix weighs less in a large model
     assert flops == pytest.approx(work, rel=close)
     assert size == pytest.approx(read, rel=close)
 

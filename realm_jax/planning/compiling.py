@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import os
 import re
 import time
 from collections import Counter
@@ -25,6 +26,13 @@ from realm_jax.planning.plan import Compiled, Plan
 from realm_jax.planning.topology import Topology
 from realm_jax.quant import QuantizedTensor, packed_spec
 from realm_jax.sharding.mesh import MESH_AXES, MeshShape
+
+# libtpu asks the machine it runs on what TPU it has; where there is none, the answers are these.
+_NO_TPU_HERE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 
 
 def compile_plan(plan: Plan, outline: Outline, topology: Topology) -> Compiled:
@@ -85,14 +93,17 @@ def abstract_model(outline: Outline, partition: Partition, mesh: Any, backend: s
         if spec.layer is not None:
             layer_stacks[spec.layer][spec.role] = stack
         groups.setdefault(stack, []).append(spec)
-    stacks, vectors, tables = {}, {}, {}
+    stacks: dict[str, Any] = {}
+    vectors: dict[str, Any] = {}
+    tables: dict[str, Any] = {}
     for stack, members in groups.items():
         first = members[0]
         shape = first.shape if first.layer is None else (len(members), *first.shape)
         value = _abstract_matrix(shape, outline.types[first.name]) if first.is_matrix else _floats(shape)
-        (tables if first.layer is None else stacks if first.is_matrix else vectors)[
-            first.role if first.layer is None else stack
-        ] = value
+        if first.layer is None:
+            tables[first.role] = value
+        else:
+            (stacks if first.is_matrix else vectors)[stack] = value
     c = outline.config
     rope = jax.tree.map(lambda a: _floats(a.shape), rotation_tables(c.ropes, c.context_length))
     params = Params(stacks=stacks, vectors=vectors, tables=tables, rope=rope)
@@ -143,6 +154,8 @@ def _tpu_mesh(topology: Topology, shape: MeshShape) -> Mesh:
         raise BackendError(f"compiling for {topology} needs libtpu, which is not installed; pip install libtpu")
     from jax.experimental import topologies
 
+    for variable, value in _NO_TPU_HERE.items():
+        os.environ.setdefault(variable, value)
     name = str(topology) + "x1" * (topology.kind in ("v4", "v5p") and len(topology.shape) == 2)
     try:
         devices = topologies.get_topology_desc(name, platform="tpu").devices

@@ -149,7 +149,7 @@ def metadata_outline(
         type: a ggml type.
         context_length: as for read_config.
     """
-    keys = dict(metadata)
+    keys = {key: _checked(name, key, value) for key, value in metadata.items()}
     tied = keys.pop(_TIED, False)
     if not isinstance(tied, bool):
         raise InvalidRequestError(f"{name}: {_TIED} must be true or false")
@@ -175,6 +175,14 @@ def metadata_outline(
         except ValueError as error:
             raise InvalidRequestError(f"{name}: {spec.name}: {error}; accepted: another type") from None
     return Outline(name, config, specs, types)
+
+
+def _checked(name: str, key: str, value: Any) -> Any:
+    """A value as a file could hold it: a scalar, or an array of one kind."""
+    kinds = {type(one) for one in value} if isinstance(value, list) else {type(value)}
+    if len(kinds) == 1 and kinds <= {str, bool, int, float}:
+        return value
+    raise GGUFError(f"{name}: metadata key {quote(key)} is no number, text, flag or list of one of these")
 
 
 def _known(type: str) -> str:
