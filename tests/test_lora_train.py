@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tiny_models
 
-from realm_jax.errors import InvalidRequestError
+from realm_jax.errors import AdapterError, InvalidRequestError
 from realm_jax.lora import merge, read_adapter, weight_shapes
+from realm_jax.lora.checkpoint_format import write_checkpoint
 from realm_jax.lora.gguf_format import write_gguf
 from realm_jax.lora.train import Example, loss_of, scores_of, train
 from realm_jax.model import load_model
@@ -43,6 +44,48 @@ def test_training_teaches_the_answers(model: Model, tmp_path: Path) -> None:
     for example in EXAMPLES:
         best = np.asarray(scores_of(merged, jnp.asarray(example.tokens, jnp.int32))).argmax(1)
         assert tuple(best[example.answer - 1 : -1]) == example.tokens[example.answer :]
+
+
+def test_an_interrupted_training_goes_on_with_the_same_bits(model: Model, tmp_path: Path) -> None:
+    settings = {"roles": ("attn_q.weight",), "steps": 5, "batch": 3, "rank": 2}
+    expected, all_losses = train(model, EXAMPLES, **settings)
+
+    def interrupt(number: int, loss: float) -> None:
+        if number == 4:
+            raise KeyboardInterrupt
+
+    state = tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        train(model, EXAMPLES, **settings, state=state, save_every=2, progress=interrupt)
+    for refused in ({"rank": 3}, {"steps": 9}, {"seed": 1}, {"learning_rate": 1.0}):
+        [(name, value)] = refused.items()
+        with pytest.raises(InvalidRequestError, match=f"has {name} .*, and {value} was asked for"):
+            train(model, EXAMPLES, **(settings | refused), state=state)
+    with pytest.raises(InvalidRequestError, match="has examples"):
+        train(model, EXAMPLES[:3], **settings, state=state)
+    seen: list[int] = []
+    adapter, losses = train(model, EXAMPLES, **settings, state=state, progress=lambda step, _: seen.append(step))
+    assert seen == [3, 4, 5]
+    assert losses == all_losses
+    assert adapter.content_hash == expected.content_hash
+    again, losses = train(model, EXAMPLES, **settings, state=state)  # it has ended: nothing is left to do
+    assert (again.content_hash, losses) == (expected.content_hash, all_losses)
+
+    write_checkpoint(adapter, tmp_path / "adapter")
+    found = read_adapter(tmp_path / "adapter", model.config, weight_shapes(model))
+    assert found.content_hash == expected.content_hash
+    for folder, message in (
+        (state, "of the kind 'training state'; 'adapter' is accepted"),
+        (tmp_path, "PEFT|adapter_"),
+    ):
+        with pytest.raises(AdapterError, match=message):
+            read_adapter(folder, model.config, weight_shapes(model))
+    with pytest.raises(AdapterError, match="made for another model"):
+        shapes = {place: (8, 8) for place in weight_shapes(model)}
+        read_adapter(tmp_path / "adapter", model.config, shapes)
+    (tmp_path / "adapter" / "state" / "_METADATA").write_text("{}")
+    with pytest.raises(AdapterError, match=r"is damaged: the file 'state/_METADATA' has 2 bytes"):
+        read_adapter(tmp_path / "adapter", model.config, weight_shapes(model))
 
 
 def test_gradients_are_those_of_finite_differences(model: Model) -> None:

@@ -7,12 +7,15 @@ value that is restored is checked before it is used.
 import logging
 import math
 import os
+import re
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -27,6 +30,7 @@ CHUNK_BYTES = 32 << 20  # at most, of the pieces an array is written in: what a 
 
 _MAX_THREADS = 8
 _INLINE_BYTES = 4 << 20  # of an array's pieces, those of up to 1 kB are compressed in an index; there may be 48 * 48
+_OS_ERROR = re.compile(r"os_error_code='([0-9]{1,4})'")  # in TensorStore's messages
 _CRC_BYTES = 4 << 20  # copied at once where a part's bytes do not lie together
 
 Axes = tuple[int, ...]
@@ -37,18 +41,21 @@ def save_item(folder: Path, arrays: Mapping[str, np.ndarray], part_axes: Mapping
     """Writes arrays into a new folder.
 
     part_axes: the axes of an array that count parts: no piece of a file holds values of two parts.
-    Returns CRC-32 of every part, in the order of the axes. Raises CheckpointError when they cannot be written.
+    Returns CRC-32 of every part, in the order of the axes. OSError or CheckpointError when they cannot be written.
     """
     save_args = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=part_axes.get(name, ())) for name in arrays}
-    tree = dict(arrays)
-    try:
-        # A Ctrl-C waits for it: threads would go on writing into a folder that is being removed.
-        with _quiet(), interrupt_deferred():
-            _checkpointer().save(folder, args=ocp.args.PyTreeSave(tree, save_args=save_args))
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # TensorStore has one type for all that goes wrong
-        raise CheckpointError(f"{folder}: cannot be written: {_first_line(error)}") from error
+    # A Ctrl-C waits for it: threads would go on writing into a folder that is being removed.
+    with _quiet(), interrupt_deferred():
+        try:
+            _checkpointer().save(folder, args=ocp.args.PyTreeSave(dict(arrays), save_args=save_args))
+        except Exception as error:  # TensorStore has one type for all that goes wrong
+            _hush()
+            code = _OS_ERROR.search(str(error))
+            if isinstance(error, (OSError, MemoryError)):
+                raise
+            if code is not None:
+                raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+            raise CheckpointError(f"{folder.name} cannot be written: {_first_line(error)}") from error
     return {name: part_sums(array, part_axes.get(name, ())).ravel().tolist() for name, array in arrays.items()}
 
 
@@ -61,6 +68,8 @@ def restore_item(
     """
     folder = manifest.folder / item
     needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+    if not manifest.item_bytes(item):
+        raise manifest.damaged(f"{item} is missing")
     if needed > manifest.item_bytes(item) + _INLINE_BYTES * len(specs):
         raise manifest.damaged(f"{item} has {manifest.item_bytes(item):,} bytes, and its arrays need {needed:,}")
     try:
@@ -132,7 +141,9 @@ def _crc(values: np.ndarray, crc: int = 0) -> int:
 
 def _check_stored(manifest: Manifest, item: str, specs: Specs, stored: Any) -> None:
     """Before memory is taken for them: the arrays are those that are expected, cut into pieces no larger than they."""
-    tree = getattr(stored, "tree", stored)
+    if stored is None:
+        raise manifest.damaged(f"{item}: the index of its arrays cannot be read")
+    tree = stored.tree
     if not isinstance(tree, dict) or set(tree) != set(specs):
         raise manifest.damaged(f"{item} does not hold the arrays {', '.join(specs)}")
     for name, (shape, dtype) in specs.items():
@@ -150,14 +161,25 @@ def _checkpointer() -> ocp.Checkpointer:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax's log without what is no trouble of the user's."""
+    """Without Orbax's log: what goes wrong is raised."""
     log = logging.getLogger("absl")
     level = log.level
-    log.setLevel(logging.ERROR)
+    log.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         log.setLevel(level)
+
+
+def _hush() -> None:
+    """When one write fails, others that end later find their event loop closed, and TensorStore prints that."""
+    hook = sys.excepthook
+
+    def print_others(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            hook(kind, error, trace)
+
+    sys.excepthook = print_others
 
 
 def _first_line(error: Exception) -> str:

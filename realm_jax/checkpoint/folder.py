@@ -1,12 +1,12 @@
 """A folder that is there whole or not at all, whatever ends the process that writes it."""
 
-import contextlib
 import ctypes
 import errno
 import fcntl
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 from realm_jax.errors import CheckpointError
 
 _PARTIAL = ".partial-"
+_REMOVALS = 100  # times that it is tried
 _SLACK = 16 << 20  # bytes left free beside what a checkpoint needs
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
@@ -94,8 +95,18 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):  # put in place, or another process removes it too
-        shutil.rmtree(folder)
+    """Removes a folder, if it is there, for good: threads of a save that failed may be writing into it still, and make
+    it again, and another process may be removing it too."""
+    for _ in range(_REMOVALS):
+        if not os.path.lexists(folder):
+            return
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                raise
+        time.sleep(0.1)
+    raise CheckpointError(f"{folder}: cannot be removed: something is still writing to it")
 
 
 def _flush(folder: Path) -> None:

@@ -25,7 +25,7 @@ def write(case, path):
         spec = tiny_models._llama(layers=2, width=256, heads=8, kv_heads=4, hidden=512)
         tiny_models.write_spec(spec, path, label=case, type_of=lambda name: "Q8_0")
     else:
-        tiny_models.write_tiny_model(case, path)
+        tiny_models.write_tiny_model(case, path, weight_type="Q8_0")
 
 
 @pytest.mark.parametrize(
@@ -33,8 +33,8 @@ def write(case, path):
     [
         ("wide", "tensor=4,data=2", "xla"),
         pytest.param("wide", "tensor=4", "native", marks=NATIVE),
-        ("phi3-longrope", "tensor=2", "xla"),  # fused projections: two or three ranges of each
-        pytest.param("phi3-longrope", "tensor=2", "native", marks=NATIVE),
+        ("phi3-longrope-long", "tensor=2", "xla"),  # fused projections: two or three ranges of each
+        pytest.param("phi3-longrope-long", "tensor=2", "native", marks=NATIVE),
         ("gpt-oss-MXFP4", "expert=2", "xla"),
         ("qwen3moe", "expert=2,tensor=2", "xla"),
     ],
