@@ -74,15 +74,10 @@ def test_an_interrupted_training_goes_on_with_the_same_bits(model: Model, tmp_pa
     write_checkpoint(adapter, tmp_path / "adapter")
     found = read_adapter(tmp_path / "adapter", model.config, weight_shapes(model))
     assert found.content_hash == expected.content_hash
-    for folder, message in (
-        (state, "of the kind 'training state'; 'adapter' is accepted"),
-        (tmp_path, "PEFT|adapter_"),
-    ):
-        with pytest.raises(AdapterError, match=message):
-            read_adapter(folder, model.config, weight_shapes(model))
+    with pytest.raises(AdapterError, match="of the kind 'training state'; 'adapter' is accepted"):
+        read_adapter(state, model.config, weight_shapes(model))
     with pytest.raises(AdapterError, match="made for another model"):
-        shapes = {place: (8, 8) for place in weight_shapes(model)}
-        read_adapter(tmp_path / "adapter", model.config, shapes)
+        read_adapter(tmp_path / "adapter", model.config, dict.fromkeys(weight_shapes(model), (8, 8)))
     (tmp_path / "adapter" / "state" / "_METADATA").write_text("{}")
     with pytest.raises(AdapterError, match=r"is damaged: the file 'state/_METADATA' has 2 bytes"):
         read_adapter(tmp_path / "adapter", model.config, weight_shapes(model))

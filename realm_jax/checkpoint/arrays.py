@@ -130,10 +130,8 @@ def part_sums(array: np.ndarray, axes: Axes) -> np.ndarray:
 
 def _crc(values: np.ndarray, crc: int = 0) -> int:
     """CRC-32 of an array's values in C order."""
-    if values.flags.c_contiguous:
-        return zlib.crc32(values.reshape(-1).view(np.uint8), crc)
-    if values.nbytes <= _CRC_BYTES or values.ndim == 1:
-        return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8), crc)
+    if values.flags.c_contiguous or values.nbytes <= _CRC_BYTES or values.ndim == 1:
+        return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data, crc)
     for part in values:
         crc = _crc(part, crc)
     return crc

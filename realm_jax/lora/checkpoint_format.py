@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,5 +59,5 @@ def read_checkpoint(
         builder.check_place(place, f"tensor {name}")
         # Of the embedding, a pair's A lies as its rows are looked up: [K, r].
         builder.check_pair(place, a.shape, b.shape)
-        builder.add(place, scale, lambda a=a: a, lambda b=b: b)
+        builder.add(place, scale, partial(arrays.__getitem__, f"{name}.a"), partial(arrays.__getitem__, f"{name}.b"))
     return builder.build()

@@ -140,8 +140,12 @@ def _resumed(folder: str | os.PathLike[str], fresh: State, settings: dict[str, A
 
     arrays, facts = load_state(folder, TRAINING)
     saved, losses = facts.get("settings"), facts.get("losses")
-    counted = isinstance(losses, list) and all(isinstance(loss, float) for loss in losses)
-    if not isinstance(saved, dict) or not counted or len(losses) > settings["steps"]:
+    if (
+        not isinstance(saved, dict)
+        or not isinstance(losses, list)
+        or not all(isinstance(loss, float) for loss in losses)
+        or len(losses) > settings["steps"]
+    ):
         raise InvalidRequestError(
             f"the training in {folder} does not say how far it is; accepted: one that train saved"
         )
@@ -151,13 +155,15 @@ def _resumed(folder: str | os.PathLike[str], fresh: State, settings: dict[str, A
                 f"the training in {folder} has {name} {str(saved.get(name))[:60]}, and {str(value)[:60]} was asked "
                 "for; accepted: the same settings, or another folder"
             )
-    wanted = {name: array.shape for name, array in _named(fresh).items()}
-    if {name: array.shape for name, array in arrays.items()} != wanted:
+    wanted = {name: (array.shape, array.dtype) for name, array in _named(fresh).items()}
+    if {name: (array.shape, array.dtype) for name, array in arrays.items()} != wanted:
         raise InvalidRequestError(f"the training in {folder} is of matrices of another model's shapes")
-    values, means, squares = (
-        {role: tuple(jnp.asarray(arrays[f"{which}.{role}.{half}"], jnp.float32) for half in "ab") for role in matrices}
-        for which, matrices in zip(_PARTS, fresh)
-    )
+
+    def restored(which: str, matrices: Matrices) -> Matrices:
+        halves = {role: (arrays[f"{which}.{role}.a"], arrays[f"{which}.{role}.b"]) for role in matrices}
+        return {role: (jnp.array(a), jnp.array(b)) for role, (a, b) in halves.items()}
+
+    values, means, squares = (restored(which, matrices) for which, matrices in zip(_PARTS, fresh))
     return (values, means, squares), losses
 
 
