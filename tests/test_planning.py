@@ -256,6 +256,8 @@ def test_what_does_not_divide_is_whole_and_said() -> None:
     assert planned.memory.weights_replicated > 0.5 * GB
     assert [one.what for one in planned.collectives] == ["last tokens", "embedding", "feed-forward", "logits"]
     assert plan("llama-8b:Q4_K", "v5e:4x4").mesh == {"data": 2, "expert": 1, "tensor": 8}
+    [note] = plan("llama-1b", "v5e:2x2").notes
+    assert note.startswith("a TPU may store cached rows of 64 elements as 128")
     some = plan("llama-8b:Q4_K", "h100:8", mesh="tensor=2")
     assert (some.devices, some.notes) == (2, ("2 of the 8 devices are used",))
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from realm_jax.engine.buckets import CHUNK_SIZES, PREFILL_TOKENS
 from realm_jax.errors import InvalidRequestError
+from realm_jax.model.config import ModelConfig
 from realm_jax.model.partition import Partition, auto_mesh, partition_model
 from realm_jax.planning import costs
 from realm_jax.planning.costs import Collective
@@ -20,6 +21,7 @@ CACHE_SHARE = 0.85  # of the memory that weights leave; the rest is for what is 
 BATCHES = (1, 8, 32)  # that the limits of decoding are given for
 DEFAULT_BATCH = 8
 MAX_BATCH = 1 << 16
+TPU_LANES = 128  # elements that the last axis of an array is stored in multiples of
 
 Bound = Literal["memory", "compute", "interconnect"]
 
@@ -159,7 +161,7 @@ def plan(
         device=topology.device.name,
         devices=shape.devices,
         mesh=shape.sizes,
-        notes=(*_unused(topology, shape), *partition.notes),
+        notes=(*_unused(topology, shape), *partition.notes, *_padded(topology, c)),
         context=c.context_length,
         batch=batch,
         memory=planner.memory(batch),
@@ -176,6 +178,13 @@ def _unused(topology: Topology, mesh: MeshShape) -> tuple[str, ...]:
     if mesh.devices == topology.devices:
         return ()
     return (f"{mesh.devices} of the {topology.devices} devices are used",)
+
+
+def _padded(topology: Topology, config: ModelConfig) -> tuple[str, ...]:
+    if topology.device.platform != "tpu" or config.head_dim % TPU_LANES == 0:
+        return ()
+    lanes = -(-config.head_dim // TPU_LANES) * TPU_LANES
+    return (f"a TPU may store cached rows of {config.head_dim} elements as {lanes}: the cache may take more",)
 
 
 class _Planner:
