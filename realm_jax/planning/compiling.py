@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractDevice, AbstractMesh, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from realm_jax.cache import BLOCK_PAGES, BLOCK_SIZE, allocate_pages
 from realm_jax.engine.programs import batch_program, on_mesh, params_spec, pool_spec
@@ -45,7 +45,7 @@ def compile_plan(plan: Plan, outline: Outline, topology: Topology) -> Compiled:
     shape = MeshShape(**plan.mesh)
     partition = partition_model(outline.config, outline.specs, outline.blocks, shape)
     kind = topology.device.platform
-    mesh = _tpu_mesh(topology, shape) if kind == "tpu" else _abstract_mesh(topology, shape)
+    mesh = _tpu_mesh(topology, shape) if kind == "tpu" else abstract_mesh(shape, topology.device.name, kind)
     start = time.perf_counter()
     tried = ["tpu"] if kind == "tpu" else ["gpu"] if kind == "gpu" else []
     lowered, backend = None, "xla"
@@ -164,9 +164,11 @@ def _tpu_mesh(topology: Topology, shape: MeshShape) -> Mesh:
     return Mesh(np.asarray(devices[: shape.devices]).reshape(tuple(shape.sizes.values())), MESH_AXES)
 
 
-def _abstract_mesh(topology: Topology, shape: MeshShape) -> AbstractMesh:
-    device = AbstractDevice(device_kind=topology.device.name, num_cores=None, platform=topology.device.platform)
-    return AbstractMesh(tuple(shape.sizes.values()), MESH_AXES, abstract_device=device)
+def abstract_mesh(shape: MeshShape, name: str, platform: str) -> AbstractMesh:
+    """A mesh of devices that are not there, known by their name ("NVIDIA H100") and platform ("gpu")."""
+    device = AbstractDevice(device_kind=name, num_cores=None, platform=platform)
+    auto = (AxisType.Auto,) * len(MESH_AXES)  # of explicit axes shard_map refuses other specs
+    return AbstractMesh(tuple(shape.sizes.values()), MESH_AXES, axis_types=auto, abstract_device=device)
 
 
 def _abstract_matrix(shape: tuple[int, ...], type: str) -> QuantizedTensor:
