@@ -237,6 +237,11 @@ class Engine:
         """Most tokens that the prompt and output of one request may have together."""
         return self._core.context_length
 
+    @property
+    def alive(self) -> bool:
+        """False once it was closed, or has ended because it could not go on: it takes no requests then."""
+        return self._core.runner is not None and (self._thread is None or self._thread.is_alive())
+
     def submit(self, request: Request) -> Stream:
         """Queues a request and returns its events. What is wrong with it is raised here, not by the first event.
 
