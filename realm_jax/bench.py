@@ -25,8 +25,8 @@ _REPEATS = 3
 Progress = Callable[[str, int, int], None]
 
 
-def bench(model: str | Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Load a model with LLM's defaults and time it; medians of three runs after one that compiles.
+def bench(model: str | Path, progress: Progress | None = None, mesh: str | None = None) -> dict[str, Any]:
+    """Load a model with LLM's defaults, on a mesh, and time it; medians of three runs after one that compiles.
 
     Returns:
         prefill_N: prompt tokens per second of one prompt of N tokens, from submission to its first token.
@@ -44,7 +44,7 @@ def bench(model: str | Path, progress: Progress | None = None) -> dict[str, Any]
         file_bytes = sum(tensor.nbytes for tensor in file.tensors.values())
     before = _live_bytes()
     begun = time.perf_counter()
-    with LLM(path, progress=progress) as llm:
+    with LLM(path, progress=progress, mesh=mesh) as llm:
         load_seconds = time.perf_counter() - begun
         resident_bytes = _live_bytes() - before
         measured: dict[str, float] = {}

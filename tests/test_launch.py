@@ -185,7 +185,10 @@ def test_sigterm_ends_all(job: Start) -> None:
     running = job()
     running.await_line("step 5:")
     running.process.terminate()
-    assert running.end(time.monotonic()) == (143, ["error: the launcher was ended (SIGTERM); the job has ended"])
+    assert running.end(time.monotonic()) == (
+        143,
+        ["error: the launcher of rank 0 was ended (SIGTERM); the job has ended"],
+    )
 
 
 @pytest.mark.slow
@@ -274,11 +277,11 @@ def test_end_on_the_first_machine_ends_the_others(pair: Pair) -> None:
 @pytest.mark.parametrize(
     ("second", "difference"),
     [
-        ({"same": {"mesh": "tensor=4"}}, "mesh tensor=4, rank 0 has tensor=2"),
-        ({"cpu_devices": 2}, "number of devices 2, rank 0 has 1"),
+        ({"same": {"mesh": "tensor=4"}}, "mesh tensor=4, and rank 0 has mesh tensor=2"),
+        ({"cpu_devices": 2}, "number of devices 2, and rank 0 has number of devices 1"),
         (
             {"environment": {"XLA_FLAGS": "--xla_cpu_enable_fast_math=true"}},
-            "XLA_FLAGS --xla_cpu_enable_fast_math=true, ",
+            "XLA_FLAGS --xla_cpu_enable_fast_math=true, and rank 0 has XLA_FLAGS unset",
         ),
     ],
 )
@@ -326,5 +329,5 @@ def test_what_differs_is_named() -> None:
     facts = [{"jax": "1", "mesh": "a"}, {"jax": "1", "mesh": "a"}, {"jax": "2", "mesh": "b"}]
     accepted = "; accepted: the same in all processes of a job"
     assert difference(facts[:2]) is None
-    assert difference(facts) == "rank 2 has jax 2, rank 0 has 1" + accepted
-    assert difference([{"jax": "1"}, {}]) == "rank 1 has jax unknown, rank 0 has 1" + accepted
+    assert difference(facts) == "rank 2 has jax 2, mesh b, and rank 0 has jax 1, mesh a" + accepted
+    assert difference([{"jax": "1"}, {}]) == "rank 1 has jax unknown, and rank 0 has jax 1" + accepted

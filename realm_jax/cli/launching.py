@@ -20,7 +20,7 @@ from realm_jax.cli.app import app, explain
 from realm_jax.cli.options import given
 from realm_jax.cli.output import one_line
 from realm_jax.errors import InvalidRequestError
-from realm_jax.sharding.cluster import Cluster, check_count, find_cluster, local_cluster, refuse_contradiction
+from realm_jax.sharding.cluster import Cluster, find_cluster, local_cluster, refuse_contradiction
 from realm_jax.sharding.mesh import MAX_DEVICES, MeshShape
 from realm_jax.sharding.supervisor import Job, supervise
 
@@ -99,9 +99,8 @@ def _ranks(options: argparse.Namespace) -> list[Cluster]:
     each = options.devices_per_process
     if options.processes is not None and options.rank is None and options.coordinator is None:
         refuse_contradiction(os.environ, options.processes, None)
-        if options.processes > 1:
+        if options.processes != 1:
             return local_cluster(options.processes, f"127.0.0.1:{_free_port()}", each)
-        check_count("--processes", options.processes, 1)
         return [Cluster("", 1, 0, None if each is None else tuple(range(each)), "flags")]
     cluster = find_cluster(
         os.environ,
@@ -131,7 +130,7 @@ def _command(words: Sequence[str], mesh: str | None, default: str | None) -> tup
     commands = {
         command.name: command
         for command in get_command(app).commands.values()  # type: ignore[attr-defined]  # app has several
-        if any(parameter.name == "mesh" for parameter in command.params)
+        if any(parameter.name == "mesh" for parameter in command.params) and command.name != "plan"
     }
     if name not in commands:
         raise InvalidRequestError(f"COMMAND is {name!r}; accepted: {', '.join(sorted(commands))}, or python FILE.py")

@@ -32,7 +32,7 @@ def perplexity(
         print(f"{value:.4f}")
 
 
-def bench(model: options.Model = None, json: options.Json = False) -> None:
+def bench(model: options.Model = None, mesh: options.Mesh = None, json: options.Json = False) -> None:
     """Tokens per second of prefill (128 and 256 tokens) and of decoding 1, 2, 4 and 8 requests together."""
     from realm_jax import registry
 
@@ -40,7 +40,7 @@ def bench(model: options.Model = None, json: options.Json = False) -> None:
         from realm_jax.bench import bench as measure
 
     with progress_bars() as progress:
-        figures = measure(registry.resolve(model, progress), progress)
+        figures = measure(registry.resolve(model, progress), progress, mesh)
     if json:
         write_json(figures)
         return

@@ -93,12 +93,11 @@ def coordination() -> Any:
 def difference(facts: list[Mapping[str, str]]) -> str | None:
     """What the first rank that is not like rank 0 has otherwise, in a line; None: they are alike."""
     for rank, mine in enumerate(facts):
-        for name, value in facts[0].items():
-            if mine.get(name) != value:
-                return (
-                    f"rank {rank} has {name} {mine.get(name, 'unknown')}, rank 0 has {value}; "
-                    "accepted: the same in all processes of a job"
-                )
+        names = [name for name, value in facts[0].items() if mine.get(name) != value]
+        if names:
+            theirs = ", ".join(f"{name} {mine.get(name, 'unknown')}" for name in names)
+            ours = ", ".join(f"{name} {facts[0][name]}" for name in names)
+            return f"rank {rank} has {theirs}, and rank 0 has {ours}; accepted: the same in all processes of a job"
     return None
 
 

@@ -94,6 +94,7 @@ class _Supervisor:
     def __init__(self, job: Job):
         self.job = job
         self.children: list[_Child] = []
+        self.name = f"rank {job.ranks[0].rank}"
         self.elsewhere = len(job.ranks) < job.ranks[0].processes
         self.debug = os.environ.get("REALM_DEBUG") == "1"
         self.code: int | None = None
@@ -222,7 +223,8 @@ class _Supervisor:
             if number == signal.SIGINT:
                 self._interrupted()
             elif number != signal.SIGCHLD:
-                self._decide(128 + number, f"the launcher was ended ({signal.Signals(number).name}); the job has ended")
+                cause = signal.Signals(number).name
+                self._decide(128 + number, f"the launcher of {self.name} was ended ({cause}); the job has ended")
 
     def _interrupted(self) -> None:
         now = time.monotonic()
