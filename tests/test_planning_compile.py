@@ -51,7 +51,7 @@ def compiled(outline: Outline, topology: str, mesh: str | None = None, batch: in
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("topology", "mesh", "backend", "gathers"),
-    [("h100:8", "tensor=8", "gpu", 1), ("h100:8", "tensor=4,data=2", "gpu", 2), ("cpu:8", "tensor=8", "xla", 1)],
+    [("h100:8", "tensor=4,data=2", "gpu", 2), ("cpu:8", "tensor=8", "xla", 1)],
 )
 def test_lowers_for_what_cannot_be_compiled_here(topology: str, mesh: str, backend: str, gathers: int) -> None:
     """Seven matmuls and the head, attention, and two sums in the loop over layers."""

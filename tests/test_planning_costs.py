@@ -168,7 +168,9 @@ def moved(text: str, mesh: MeshShape) -> list[tuple[str, int, int]]:
         pytest.param(SMALL, {"tensor": 4, "data": 2}, id="small, data"),
         pytest.param(SMALL, {"tensor": 16}, id="small, attention whole"),
         pytest.param(SHAPES["mixtral-8x7b"], {"tensor": 2, "expert": 4}, id="mixtral"),
-        *(pytest.param(SHAPES[name], {"tensor": 8}, id=name) for name in ("llama-8b", "llama-70b", "llama-405b")),
+        pytest.param(SHAPES["llama-8b"], {"tensor": 8}, id="llama-8b"),
+        pytest.param(SHAPES["llama-70b"], {"tensor": 8}, id="llama-70b", marks=pytest.mark.slow),
+        pytest.param(SHAPES["llama-405b"], {"tensor": 8}, id="llama-405b", marks=pytest.mark.slow),
     ],
 )
 def test_collectives_are_those_of_the_lowered_program(metadata: dict[str, Any], mesh: dict[str, int]) -> None:
