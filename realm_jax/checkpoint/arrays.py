@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -20,16 +20,17 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+import tensorstore
 
 from realm_jax.checkpoint.manifest import Manifest
 from realm_jax.errors import CheckpointError
 from realm_jax.interrupt import interrupt_deferred
 
-CHUNK_BYTES = 32 << 20  # at most, of the pieces an array is written in: what a reader holds twice
+CHUNK_BYTES = 8 << 20  # at most, of the pieces an array is written in: what a reader holds twice
 
 _MAX_THREADS = 8
 _INLINE_BYTES = 4 << 20  # of an array's pieces, those of up to 1 kB are compressed in an index; there may be 48 * 48
+_INDEX_BYTES = 100 << 20  # of indices kept while an item is read
 _OS_ERROR = re.compile(r"os_error_code='([0-9]{1,4})'")  # in TensorStore's messages
 _CRC_BYTES = 4 << 20  # copied at once where a part's bytes do not lie together
 
@@ -43,6 +44,8 @@ def save_item(folder: Path, arrays: Mapping[str, np.ndarray], part_axes: Mapping
     part_axes: the axes of an array that count parts: no piece of a file holds values of two parts.
     Returns CRC-32 of every part, in the order of the axes. OSError or CheckpointError when they cannot be written.
     """
+    import orbax.checkpoint as ocp  # takes half a second
+
     save_args = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=part_axes.get(name, ())) for name in arrays}
     # A Ctrl-C waits for it: threads would go on writing into a folder that is being removed.
     with _quiet(), interrupt_deferred():
@@ -55,39 +58,76 @@ def save_item(folder: Path, arrays: Mapping[str, np.ndarray], part_axes: Mapping
                 raise
             if code is not None:
                 raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
-            raise CheckpointError(f"{folder.name} cannot be written: {_first_line(error)}") from error
+            raise CheckpointError(f"{folder.name} cannot be written: {_reason(error)}") from error
     return {name: part_sums(array, part_axes.get(name, ())).ravel().tolist() for name, array in arrays.items()}
 
 
-def restore_item(
-    manifest: Manifest, item: str, specs: Specs, shardings: Mapping[str, jax.sharding.Sharding] | None = None
-) -> dict[str, Any]:
-    """The arrays of an item: on the host, or sharded as they are restored; not yet checked against their checksums.
+def restore_host(
+    manifest: Manifest, item: str, specs: Specs, allocate: Callable[[tuple[int, ...], np.dtype], np.ndarray] = np.empty
+) -> dict[str, np.ndarray]:
+    """The arrays of an item, whole, on the host; not yet checked against their checksums.
 
-    specs: what they must be. Raises CheckpointError when they are not, or cannot be read.
+    Read by TensorStore, as Orbax does, but into memory of the caller's: new pages would take longer than the reading.
+    specs: what they must be. allocate: makes an array that is read into. Raises CheckpointError when they are not what
+    they must be, or cannot be read.
     """
-    folder = manifest.folder / item
-    needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
-    if not manifest.item_bytes(item):
+    with _reading(manifest, item, specs):
+        context = tensorstore.Context({"cache_pool#ocdbt": {"total_bytes_limit": _INDEX_BYTES}})
+        base = {"driver": "file", "path": f"{manifest.folder / item}/"}
+        opened = {}
+        for name in specs:
+            index = {"driver": "ocdbt", "base": base, "path": f"{name}/", "cache_pool": "cache_pool#ocdbt"}
+            spec = {"driver": "zarr", "kvstore": index, "fill_missing_data_reads": False}
+            opened[name] = tensorstore.open(spec, open=True, read=True, context=context)
+        stores = {name: store.result() for name, store in opened.items()}
+        for name, store in stores.items():
+            chunk = [n or 1 for n in store.chunk_layout.read_chunk.shape or ()]
+            _check_stored(manifest, item, name, specs[name], tuple(store.shape), store.dtype.numpy_dtype, chunk)
+        arrays = {name: allocate(*spec) for name, spec in specs.items()}
+        for written in [tensorstore.array(arrays[name]).write(store) for name, store in stores.items()]:
+            written.result()
+    return arrays
+
+
+def restore_sharded(
+    manifest: Manifest, item: str, specs: Specs, shardings: Mapping[str, jax.sharding.Sharding]
+) -> dict[str, jax.Array]:
+    """The arrays of an item, each directly to its sharding; not yet checked against their checksums.
+
+    Every process of a job restores the same items in the same order. Otherwise as restore_host.
+    """
+    import orbax.checkpoint as ocp
+
+    with _reading(manifest, item, specs), _quiet():
+        folder = manifest.folder / item
+        stored = _checkpointer().metadata(folder).item_metadata
+        if stored is None or set(stored.tree) != set(specs):
+            raise manifest.damaged(f"{item}: the index of its arrays cannot be read")
+        for name, found in stored.tree.items():
+            shape = tuple(found.shape)
+            _check_stored(manifest, item, name, specs[name], shape, found.dtype, found.storage.chunk_shape)
+        args = {
+            name: ocp.ArrayRestoreArgs(sharding=shardings[name], global_shape=shape, strict=True)
+            for name, (shape, _) in specs.items()
+        }
+        restored: dict[str, jax.Array] = _checkpointer().restore(folder, args=ocp.args.PyTreeRestore(restore_args=args))
+        return restored
+
+
+@contextmanager
+def _reading(manifest: Manifest, item: str, specs: Specs) -> Iterator[None]:
+    """What goes wrong while an item is read, as a CheckpointError."""
+    needed, found = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values()), manifest.item_bytes(item)
+    if not found:
         raise manifest.damaged(f"{item} is missing")
-    if needed > manifest.item_bytes(item) + _INLINE_BYTES * len(specs):
-        raise manifest.damaged(f"{item} has {manifest.item_bytes(item):,} bytes, and its arrays need {needed:,}")
+    if needed > found + _INLINE_BYTES * len(specs):
+        raise manifest.damaged(f"{item} has {found:,} bytes, and its arrays need {needed:,}")
     try:
-        with _quiet():
-            checkpointer = _checkpointer()
-            _check_stored(manifest, item, specs, checkpointer.metadata(folder).item_metadata)
-            if shardings is None:
-                args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in specs}
-            else:
-                args = {
-                    name: ocp.ArrayRestoreArgs(sharding=shardings[name], global_shape=shape, strict=True)
-                    for name, (shape, _) in specs.items()
-                }
-            return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args=args))
+        yield
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # from JSON, asyncio, Orbax and TensorStore: of many types
-        raise manifest.damaged(f"{item} cannot be read: {_first_line(error)}") from error
+        raise manifest.damaged(f"{item} cannot be read: {_reason(error)}") from error
 
 
 def check_sums(manifest: Manifest, item: str, name: str, whole: tuple[int, ...], array: Any, axes: Axes) -> None:
@@ -137,23 +177,26 @@ def _crc(values: np.ndarray, crc: int = 0) -> int:
     return crc
 
 
-def _check_stored(manifest: Manifest, item: str, specs: Specs, stored: Any) -> None:
-    """Before memory is taken for them: the arrays are those that are expected, cut into pieces no larger than they."""
-    if stored is None:
-        raise manifest.damaged(f"{item}: the index of its arrays cannot be read")
-    tree = stored.tree
-    if not isinstance(tree, dict) or set(tree) != set(specs):
-        raise manifest.damaged(f"{item} does not hold the arrays {', '.join(specs)}")
-    for name, (shape, dtype) in specs.items():
-        found = tree[name]
-        if tuple(found.shape) != shape or np.dtype(found.dtype) != dtype:
-            raise manifest.damaged(f"{item}: {name} is {found.dtype}{tuple(found.shape)}, not {dtype}{shape}")
-        if any(chunk > n for chunk, n in zip(found.storage.chunk_shape, shape, strict=True)):
-            raise manifest.damaged(f"{item}: {name} is cut into pieces of {tuple(found.storage.chunk_shape)}")
+def _check_stored(
+    manifest: Manifest,
+    item: str,
+    name: str,
+    wanted: tuple[tuple[int, ...], np.dtype],
+    shape: tuple[int, ...],
+    dtype: Any,
+    chunk: Sequence[int],
+) -> None:
+    """Before memory is taken for it: an array is what is expected, and cut into pieces no larger than it is."""
+    if (shape, np.dtype(dtype)) != wanted:
+        raise manifest.damaged(f"{item}: {name} is {dtype}{shape}, not {wanted[1]}{wanted[0]}")
+    if any(piece > n for piece, n in zip(chunk, shape, strict=True)):
+        raise manifest.damaged(f"{item}: {name} is cut into pieces of {tuple(chunk)}")
 
 
 @cache
-def _checkpointer() -> ocp.Checkpointer:
+def _checkpointer() -> Any:
+    import orbax.checkpoint as ocp
+
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False))
 
 
@@ -180,6 +223,8 @@ def _hush() -> None:
     sys.excepthook = print_others
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """What went wrong, on one line; of TensorStore's messages without the chain of names in front and the spec behind."""
     cause = error.__cause__ if type(error) is Exception and error.__cause__ is not None else error
-    return (str(cause).splitlines() or [type(cause).__name__])[0][:300]
+    line = (str(cause).splitlines() or [type(cause).__name__])[0]
+    return (line.partition(" [tensorstore_spec=")[0].rpartition('": ')[2] or line)[:300]

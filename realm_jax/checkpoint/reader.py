@@ -1,6 +1,7 @@
 """From a checkpoint to arrays on devices: each restores its parts, and nothing else is read."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from realm_jax.checkpoint.arrays import check_sums, restore_item
+from realm_jax.checkpoint.arrays import Specs, check_sums, restore_host, restore_sharded
 from realm_jax.checkpoint.file import CheckpointFile
 from realm_jax.checkpoint.layout import VECTORS, Segment, group, item_of, segments_of, stack_of
 from realm_jax.errors import InvalidRequestError
@@ -21,6 +22,8 @@ from realm_jax.model.reading import _shape as part_shape
 from realm_jax.model.tensors import TensorSpec
 from realm_jax.quant import QuantizedTensor, format_of, packed_spec, tile
 from realm_jax.sharding.devices import Place, local_places
+
+_ALIGNMENT = 64  # bytes
 
 
 class CheckpointReader:
@@ -34,6 +37,7 @@ class CheckpointReader:
         self._total = sum(file.tensors[s.name].nbytes for members in self._stacks.values() for s in members)
         self._done = 0
         self._vectors: dict[str, np.ndarray] | None = None  # all of them, by role
+        self._scratch = _Scratch()
 
     def matrix(self, members: list[TensorSpec], stacked: bool) -> QuantizedTensor:
         """Tensors of one role and type as a weight: a stack [members, ...] of them, or the only one."""
@@ -73,7 +77,7 @@ class CheckpointReader:
                 for stack, members in self._stacks.items()
                 if not members[0].is_matrix
             }
-            arrays = restore_item(self._file.manifest, VECTORS, specs)
+            arrays = restore_host(self._file.manifest, VECTORS, specs)
             for name, array in arrays.items():
                 check_sums(self._file.manifest, VECTORS, name, array.shape, array, ())
             self._vectors = arrays
@@ -88,15 +92,18 @@ class CheckpointReader:
         specs = {
             s.key(name): (s.cut_shape(shape), dtype) for s in segments for name, (shape, dtype) in s.arrays.items()
         }
-        shardings = None
-        if layout.mesh is not None:
+        arrays: dict[str, Any]
+        if layout.mesh is None:
+            tiled = layout.tiled and not format_of(type).dense  # then the rows are read and no longer needed
+            arrays = dict(restore_host(manifest, item, specs, self._scratch.start(specs) if tiled else aligned))
+        else:
             self._check_divides(item, segments)
             shardings = {
                 s.key(name): NamedSharding(layout.mesh, P(*s.axes(layout.partition)))
                 for s in segments
                 for name in s.arrays
             }
-        arrays = restore_item(manifest, item, specs, shardings)
+            arrays = dict(restore_sharded(manifest, item, specs, shardings))
         parts: dict[Part, dict[str, Any]] = {}
         for segment in segments:
             for name in segment.arrays:
@@ -138,6 +145,27 @@ class CheckpointReader:
         self._done += sum(self._file.tensors[spec.name].nbytes for spec in members)
         if self._progress is not None:
             self._progress("loading weights", self._done, self._total)
+
+
+class _Scratch:
+    """Memory for the arrays of one stack after another: new pages for each would take longer than the reading."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+        self._used = 0
+
+    def start(self, specs: Specs) -> Callable[[tuple[int, ...], np.dtype], np.ndarray]:
+        """What makes arrays of these shapes and dtypes. Those made before are overwritten."""
+        needed = sum(math.prod(shape) * dtype.itemsize + _ALIGNMENT for shape, dtype in specs.values())
+        if needed > len(self._bytes):
+            self._bytes = aligned((needed,), np.dtype(np.uint8))
+        self._used = 0
+        return self._array
+
+    def _array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        start, size = self._used, math.prod(shape) * dtype.itemsize
+        self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return self._bytes[start : start + size].view(dtype).reshape(shape)
 
 
 def _tiled(

@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from realm_jax.checkpoint.arrays import check_sums, restore_item, save_item
+from realm_jax.checkpoint.arrays import check_sums, restore_host, save_item
 from realm_jax.checkpoint.folder import new_folder, require_space
 from realm_jax.checkpoint.manifest import checked_target, is_checkpoint, read_manifest, write_manifest
 
@@ -60,7 +60,7 @@ def load_state(directory: str | os.PathLike[str], kind: str) -> tuple[dict[str, 
                 specs[name] = (tuple(shape), _DTYPES[dtype])
             case _:
                 raise manifest.damaged(f"it lists an array {name[:80]!r} as {str(entry)[:80]}")
-    arrays = restore_item(manifest, _ITEM, specs)
+    arrays = restore_host(manifest, _ITEM, specs)
     for name, array in arrays.items():
         check_sums(manifest, _ITEM, name, array.shape, array, ())
     return arrays, facts
