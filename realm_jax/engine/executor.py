@@ -12,7 +12,7 @@ from realm_jax.engine.programs import Wanted, batch_program, on_mesh, pool_spec
 from realm_jax.errors import CapacityError
 from realm_jax.model.adapters import RowAdapters, Stack
 from realm_jax.model.params import Model
-from realm_jax.sharding.devices import assemble, first_copy
+from realm_jax.sharding.devices import assemble, divide, first_copy
 from realm_jax.sharding.mesh import MESH_AXES
 
 
@@ -82,6 +82,9 @@ class Executor:
     def _arguments(self, batch: Batch, last_tokens: jax.Array | None, stacks: dict[str, Stack] | None) -> tuple:
         if self.pool is None:
             self.pool = self._allocate()
+        if self.model.mesh is not None:
+            mesh = self.model.mesh
+            batch = Batch(*(a if a is None or not a.ndim else divide(a, mesh, "data") for a in batch))
         lora = None
         if stacks is not None and batch.slots is not None:
             lora = RowAdapters(stacks, batch.slots)  # type: ignore[arg-type]  # numpy will do

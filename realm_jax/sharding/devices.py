@@ -64,6 +64,13 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda value: assemble(lambda _: value, mesh, (None,) * np.ndim(value)), tree)
 
 
+def divide(array: np.ndarray, mesh: Mesh, axis: str) -> Any:
+    """A host array, the same in every process, for a program that divides its first axis over a mesh axis."""
+    if jax.process_count() == 1 or mesh.shape[axis] == 1:
+        return array  # JAX does it on the way in
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, P(axis)), lambda index: array[index])
+
+
 def first_copy(array: jax.Array) -> jax.Array:
     """What the first device of this process holds of an array that is whole on every device, as an array of its own."""
     return array.addressable_data(0)
