@@ -20,7 +20,7 @@ from realm_jax.cli.app import app, explain
 from realm_jax.cli.options import given
 from realm_jax.cli.output import one_line
 from realm_jax.errors import InvalidRequestError
-from realm_jax.sharding.cluster import Cluster, find_cluster, local_cluster, refuse_contradiction
+from realm_jax.sharding.cluster import Cluster, find_cluster, first_devices, local_cluster, refuse_contradiction
 from realm_jax.sharding.mesh import MAX_DEVICES, MeshShape
 from realm_jax.sharding.supervisor import Job, supervise
 
@@ -101,7 +101,7 @@ def _ranks(options: argparse.Namespace) -> list[Cluster]:
         refuse_contradiction(os.environ, options.processes, None)
         if options.processes != 1:
             return local_cluster(options.processes, f"127.0.0.1:{_free_port()}", each)
-        return [Cluster("", 1, 0, None if each is None else tuple(range(each)), "flags")]
+        return [Cluster("", 1, 0, first_devices(each), "flags")]
     cluster = find_cluster(
         os.environ,
         processes=options.processes,
@@ -114,7 +114,8 @@ def _ranks(options: argparse.Namespace) -> list[Cluster]:
 
 def _command(words: Sequence[str], mesh: str | None, default: str | None) -> tuple[list[str], dict[str, Any]]:
     """The command line of rank 0, with its mesh, and the options that realm's command has understood."""
-    words = words[1:] if words[:1] in (["--"], ["realm"]) else words
+    for optional in ("--", "realm"):
+        words = words[1:] if words[:1] == [optional] else words
     if not words:
         raise InvalidRequestError("COMMAND is missing, such as: generate MODEL -p TEXT, or python FILE.py")
     name, *rest = words
@@ -140,9 +141,10 @@ def _command(words: Sequence[str], mesh: str | None, default: str | None) -> tup
         raise InvalidRequestError(
             f"--mesh is {mesh!r} before and {asked['mesh']!r} after {name}; accepted: one of them"
         )
-    if asked["mesh"] is None and (mesh or default) is not None:
-        asked["mesh"] = mesh or default
-        rest = ["--mesh", asked["mesh"], *rest]
+    chosen = mesh or default
+    if asked["mesh"] is None and chosen is not None:
+        asked["mesh"] = chosen
+        rest = ["--mesh", chosen, *rest]
     return ["realm", name, *rest], asked
 
 

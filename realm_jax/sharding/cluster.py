@@ -71,7 +71,7 @@ def find_cluster(
     if found is None:
         if coordinator is not None:
             raise ClusterError("--coordinator needs --processes and --rank, or a scheduler that names them")
-        return Cluster("", 1, 0, None, "one process")
+        return Cluster("", 1, 0, first_devices(devices_per_process), "one process")
     return found
 
 
@@ -108,8 +108,11 @@ def _from_flags(
     check_count("--processes", processes, MAX_PROCESSES)
     check_rank("--rank", rank, processes)
     refuse_contradiction(environment, processes, rank)
-    local_devices = None if devices is None else tuple(range(devices))
-    return Cluster(coordinator if processes > 1 else "", processes, rank, local_devices, "flags")
+    return Cluster(coordinator if processes > 1 else "", processes, rank, first_devices(devices), "flags")
+
+
+def first_devices(count: int | None) -> tuple[int, ...] | None:
+    return None if count is None else tuple(range(count))
 
 
 def check_rank(name: str, rank: int, processes: int) -> None:
@@ -232,7 +235,7 @@ def _devices(
     several = (local_size or 1) > 1 or (local_size is None and (local_rank or 0) > 0)
     bound = visible is not None and len(visible.split(",")) <= (each or 1)  # by the scheduler, to this rank
     if local_rank is None or not several or bound:
-        return None if each is None or bound else tuple(range(each))
+        return None if bound else first_devices(each)
     return tuple(range(local_rank * (each or 1), (local_rank + 1) * (each or 1)))
 
 

@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -133,16 +134,16 @@ def _environment() -> dict[str, str]:
 
 def _realm_version() -> str:
     """With a sum of the sources: checkouts of one version differ."""
-    import realm_jax
-
-    package = Path(realm_jax.__file__).parent
     total = 0
-    for path in sorted(package.rglob("*.py")):
-        total = zlib.crc32(path.read_bytes(), total)
+    for package in ("realm_jax", "pallas_kernels"):
+        spec = find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or []:
+            for path in sorted(Path(folder).rglob("*.py")):
+                total = zlib.crc32(path.read_bytes(), total)
     try:
         released = version("realm-jax")
     except PackageNotFoundError:
-        released = realm_jax.__version__
+        released = "not installed"
     return f"{released} ({total:08x})"
 
 
@@ -176,11 +177,10 @@ def _address(coordinator: str) -> tuple[str, int]:
 def _check_port(coordinator: str) -> None:
     """The service itself would share a port that is in use: gRPC sets SO_REUSEPORT."""
     host, port = _address(coordinator)
-    family, address = socket.AF_INET6, "::"
+    family, address = (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "0.0.0.0")
     if _host(coordinator) in LOCAL:
-        family, _, _, _, (address, *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    elif not socket.has_ipv6:
-        family, address = socket.AF_INET, "0.0.0.0"
+        family, _, _, _, found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        address = str(found[0])
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

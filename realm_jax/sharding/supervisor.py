@@ -69,7 +69,7 @@ class _Child:
     cluster: Cluster
     process: "subprocess.Popen[bytes]"
     lifeline: int
-    pipes: dict[int, Callable[["_Child", bytes], None]]  # from it, and who reads them
+    pipes: Mapping[int, Callable[["_Child", bytes], None]]  # from it, and who reads them
     unread: bytes = b""  # of the report: a line that is not whole
     unshown: bytes = b""  # of its output
     tail: bytes = b""  # of its errors
@@ -127,8 +127,8 @@ class _Supervisor:
         finally:
             self._kill()
             signal.set_wakeup_fd(woken)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for handled_signal, handler in before.items():
+                signal.signal(handled_signal, handler)
             self.selector.close()
             for number in (wake, notify, *(n for child in self.children for n in (child.lifeline, *child.pipes))):
                 os.close(number)
@@ -171,7 +171,9 @@ class _Supervisor:
         )
         for number in {*given, noised, put_out}:
             os.close(number)
-        pipes = {report: self._heard, noise: self._sift_errors} | ({output: self._sift_output} if leads else {})
+        pipes = {report: self._heard, noise: self._sift_errors}
+        if leads:
+            pipes[output] = self._sift_output
         child = _Child(cluster, process, hold, pipes)
         self.children.append(child)
         for number in pipes:
