@@ -217,7 +217,7 @@ def double(fields: dict) -> None:
 
 ON_LOADING = {
     "a value changed": (change_a_value, "ffn_up.*: values of 0.codes are not those that were written"),
-    "an index changed": (lambda d: flip(index_file(d), 60), r"ffn_up\S+ cannot be read: .*CRC-32C"),
+    "an index changed": (lambda d: flip(index_file(d), 60), r"ffn_up\S+ cannot be read: Error decoding b-tree node"),
     "a checksum changed": (lambda d: edit(d, lambda f: f["crc32"]["weights/vectors"].clear()), "0 checksums"),
     "a checksum too few": (lambda d: edit(d, lambda f: crcs(f).pop()), "checksums of 0.codes"),
     "another type": (lambda d: edit(d, retype), "attn_q.weight-Q4_0 is missing"),

@@ -224,7 +224,7 @@ def _hush() -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, on one line; of TensorStore's messages without the chain of names in front and the spec behind."""
+    """What went wrong, on one line: of TensorStore's messages neither the chain of names nor the spec around it."""
     cause = error.__cause__ if type(error) is Exception and error.__cause__ is not None else error
     line = (str(cause).splitlines() or [type(cause).__name__])[0]
     return (line.partition(" [tensorstore_spec=")[0].rpartition('": ')[2] or line)[:300]

@@ -15,10 +15,7 @@ from realm_jax.checkpoint.file import CheckpointFile
 from realm_jax.checkpoint.layout import VECTORS, Segment, group, item_of, segments_of, stack_of
 from realm_jax.errors import InvalidRequestError
 from realm_jax.interrupt import interrupt_deferred
-from realm_jax.model.reading import Layout, Part, Progress
-from realm_jax.model.reading import _aligned as aligned
-from realm_jax.model.reading import _cut as cut
-from realm_jax.model.reading import _shape as part_shape
+from realm_jax.model.reading import Layout, Part, Progress, aligned, cut, part_shape
 from realm_jax.model.tensors import TensorSpec
 from realm_jax.quant import QuantizedTensor, format_of, packed_spec, tile
 from realm_jax.sharding.devices import Place, local_places

@@ -75,28 +75,28 @@ class GGUFReader:
         lead = (len(members),) * stacked
         packed: dict[Part, dict[str, np.ndarray]] = {}
         for part in layout.parts(first):
-            shape = lead + _shape(part)
-            packed[part] = {key: _aligned(s, d) for key, (s, d) in packed_spec(shape, fmt.name, tiled=tiled).items()}
+            shape = lead + part_shape(part)
+            packed[part] = {key: aligned(s, d) for key, (s, d) in packed_spec(shape, fmt.name, tiled=tiled).items()}
         for i, spec in enumerate(members):
             for part, arrays in packed.items():
                 out = {key: a[i] for key, a in arrays.items()} if stacked else arrays
                 with interrupt_deferred():  # JAX's hook into garbage collection would swallow a Ctrl-C
-                    pack(self._part(spec, part), _shape(part), fmt.name, out=out, tiled=tiled)
+                    pack(self._part(spec, part), part_shape(part), fmt.name, out=out, tiled=tiled)
             self._finish(spec)
         names = next(iter(packed.values()))
         placed = {key: layout.put(first, {part: a[key] for part, a in packed.items()}, stacked) for key in names}
-        rows = _shape(next(iter(packed)))[-2]
+        rows = part_shape(next(iter(packed)))[-2]
         return QuantizedTensor(arrays=placed, format=fmt.name, rows=rows if tiled else None)
 
     def vectors(self, members: list[TensorSpec], stacked: bool) -> jax.Array:
         """float32 [members, ...] of one role, or the only one's [...]."""
         first, layout = members[0], self._layout
         lead = (len(members),) * stacked
-        values = {part: _aligned(lead + _shape(part), np.dtype(np.float32)) for part in layout.parts(first)}
+        values = {part: aligned(lead + part_shape(part), np.dtype(np.float32)) for part in layout.parts(first)}
         for i, spec in enumerate(members):
             whole = self.floats(spec)
             for part, out in values.items():
-                (out[i] if stacked else out)[...] = _cut(whole, part)
+                (out[i] if stacked else out)[...] = cut(whole, part)
         return layout.put(first, values, stacked)
 
     def floats(self, spec: TensorSpec) -> np.ndarray:
@@ -112,7 +112,7 @@ class GGUFReader:
         type = self._file.tensors[spec.name].type
         blocks = self._file.data(spec.name).reshape(*spec.shape[:-1], spec.shape[-1] // type.block_size, -1)
         along = tuple((start // type.block_size, size // type.block_size) for start, size in part[-1])
-        return np.ascontiguousarray(_cut(blocks, (*part[:-1], along))).reshape(-1)
+        return np.ascontiguousarray(cut(blocks, (*part[:-1], along))).reshape(-1)
 
     def _finish(self, spec: TensorSpec) -> None:
         self._file.release(spec.name)
@@ -121,11 +121,12 @@ class GGUFReader:
             self._progress("loading weights", self._done, self._total)
 
 
-def _shape(part: Part) -> tuple[int, ...]:
+def part_shape(part: Part) -> tuple[int, ...]:
+    """Of the array that holds a part of a tensor."""
     return tuple(sum(size for _, size in ranges) for ranges in part)
 
 
-def _cut(values: np.ndarray, part: Part) -> np.ndarray:
+def cut(values: np.ndarray, part: Part) -> np.ndarray:
     """The part of an array, a view unless an axis has several ranges."""
     for axis, ranges in enumerate(part):
         pieces = [values[(slice(None),) * axis + (slice(start, start + size),)] for start, size in ranges]
@@ -133,7 +134,7 @@ def _cut(values: np.ndarray, part: Part) -> np.ndarray:
     return values
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialised array that XLA:CPU can take over without copying it."""
     nbytes = math.prod(shape) * dtype.itemsize
     raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
