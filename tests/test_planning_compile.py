@@ -112,7 +112,17 @@ def test_compiles_for_tpus(metadata: dict[str, Any], type: str, topology: str, m
     assert out.argument_bytes == pytest.approx(expected, rel=0.05)
     assert out.aliased_bytes == memory.cache
     assert out.temporary_bytes < 0.6 * expected
-    assert out.argument_bytes + out.temporary_bytes < memory.total
+    assert out.argument_bytes + out.temporary_bytes < memory.usable
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu")
+def test_what_does_not_fit_a_tpu_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    assert not plan("llama-70b:Q8_0", "v5e:2x2", context=1024).memory.fits
+    assert run(["plan", "llama-70b:Q8_0", "--topology", "v5e:2x2", "--context", "1024", "--compile"]) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: v5e:2x2 has not the memory for it: RESOURCE_EXHAUSTED")
+    assert "exceeds available HBM (15.75G)" in error
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ class Device:
     memory: bytes. bandwidth: bytes a second of its memory. flops: dense bfloat16 operations a second. link: bytes a
     second that it sends to the others around a ring. launch, hop: seconds that a collective takes at least, and that
     each step around its ring adds. node: devices that links join. network: bytes a second it sends to other nodes; 0
-    where there are none.
+    where there are none. reserved: bytes of the memory that the runtime keeps.
     """
 
     name: str
@@ -33,12 +33,13 @@ class Device:
     hop: float = 0.0
     node: int = 1
     network: float = 0.0
+    reserved: int = 0
 
     @property
     def usable(self) -> int:
         """Bytes of memory that JAX gives to a process."""
         if self.platform != "gpu":
-            return self.memory
+            return self.memory - self.reserved
         share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "")
         return int(self.memory * (float(share) if re.fullmatch(r"0?\.\d+|1(\.0*)?", share) else GPU_SHARE))
 
@@ -55,15 +56,17 @@ def _gpu(name: str, mib: int, bandwidth: float, flops: float, link: float, netwo
     return Device(name, "gpu", mib * _MIB, bandwidth, flops, link, _NCCL, hop, node=8, network=network)
 
 
-def _tpu(name: str, gib: int, bandwidth: float, flops: float, link: float, pod: int) -> Device:
-    return Device(name, "tpu", gib * _GIB, bandwidth, flops, link, hop=_ICI, node=pod)
+def _tpu(name: str, gib: int, free: float, bandwidth: float, flops: float, link: float, pod: int) -> Device:
+    reserved = int((gib - free) * _GIB)
+    return Device(name, "tpu", gib * _GIB, bandwidth, flops, link, hop=_ICI, node=pod, reserved=reserved)
 
 
 # GPUs: memory as the driver reports it; the rest from NVIDIA's data sheets of the SXM modules (A100, H100, H200), of
 # DGX B200, and of the L4, T4 and RTX 4090 cards: tensor cores without sparsity, half of "bidirectional" for the link,
 # and the network adapters of the DGX of that generation, one for each GPU.
 # TPUs: jax-ml.github.io/scaling-book, chapters on TPUs and sharding, the link being both directions of one ring;
-# cloud.google.com/tpu/docs has the same figures of the chips.
+# cloud.google.com/tpu/docs has the same figures of the chips. What of a chip's memory programs may use is what libtpu
+# says when one does not fit.
 DEVICES: dict[str, Device] = {
     "a100-40": _gpu("NVIDIA A100 40 GB", 40_960, 1.555e12, 312e12, 300e9, 25e9),
     "a100-80": _gpu("NVIDIA A100 80 GB", 81_920, 2.039e12, 312e12, 300e9, 25e9),
@@ -73,10 +76,10 @@ DEVICES: dict[str, Device] = {
     "l4": _gpu("NVIDIA L4", 23_034, 300e9, 121e12, 32e9),
     "t4": _gpu("NVIDIA T4", 15_360, 320e9, 65e12, 16e9),  # float16: it has no bfloat16
     "rtx4090": _gpu("NVIDIA RTX 4090", 24_564, 1.008e12, 165e12, 32e9),
-    "v4": _tpu("TPU v4", 32, 1.2e12, 275e12, 90e9, 16 * 16 * 16),
-    "v5e": _tpu("TPU v5e", 16, 8.2e11, 197e12, 90e9, 16 * 16),
-    "v5p": _tpu("TPU v5p", 96, 2.8e12, 459e12, 180e9, 16 * 20 * 28),
-    "v6e": _tpu("TPU v6e", 32, 1.6e12, 920e12, 180e9, 16 * 16),
+    "v4": _tpu("TPU v4", 32, 30.5, 1.2e12, 275e12, 90e9, 16 * 16 * 16),
+    "v5e": _tpu("TPU v5e", 16, 15.75, 8.2e11, 197e12, 90e9, 16 * 16),
+    "v5p": _tpu("TPU v5p", 96, 95.73, 2.8e12, 459e12, 180e9, 16 * 20 * 28),
+    "v6e": _tpu("TPU v6e", 32, 31.24, 1.6e12, 920e12, 180e9, 16 * 16),
 }
 
 
