@@ -48,7 +48,8 @@ class LLM:
         """Loads a model.
 
         Args:
-          model: path of a GGUF file, name of a model in the registry, or Hugging Face repository id[:QUANT].
+          model: path of a GGUF file, folder of a checkpoint, name of a model in the registry, or Hugging Face repository
+            id[:QUANT].
           context_length: most tokens that the prompt and output of a request may have together; None: what the model
             was trained on, at most 4096.
           max_batch: most requests that run at once (1 to 1024); more wait their turn.
@@ -68,7 +69,8 @@ class LLM:
           AdapterError: an adapter is damaged, or made for another model.
           BackendError: the backend is not available here.
           ModelNotFoundError, DownloadError: there is no such model, or it could not be fetched.
-          GGUFError, UnsupportedModelError, TokenizerError: the file is damaged, or holds what is not supported.
+          GGUFError, CheckpointError, UnsupportedModelError, TokenizerError: the file is damaged, or holds what is not
+            supported.
         """
         refuse_options(options, "context_length, max_batch, backend, mesh, draft, adapters, cache_bytes, progress")
         self._core = Core(
@@ -247,7 +249,7 @@ class LLM:
 
         Args:
           name: for `adapter=`.
-          path: a GGUF adapter as llama.cpp's converter writes them, or a PEFT folder.
+          path: a GGUF adapter as llama.cpp's converter writes them, a PEFT folder, or an adapter's checkpoint.
           scale: of what it adds, beside its own alpha / rank.
 
         Raises:

@@ -163,7 +163,8 @@ def part_sums(array: np.ndarray, axes: Axes) -> np.ndarray:
     """CRC-32 of the bytes of every part of an array, in the shape of the axes that count parts."""
     parts = np.moveaxis(array, axes, range(len(axes)))
     shape = parts.shape[: len(axes)]
-    with ThreadPoolExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(min(_MAX_THREADS, cores)) as pool:
         found = list(pool.map(lambda index: _crc(parts[index]), np.ndindex(shape)))
     return np.array(found, object).reshape(shape)
 
