@@ -48,8 +48,8 @@ class LLM:
         """Loads a model.
 
         Args:
-          model: path of a GGUF file, folder of a checkpoint, name of a model in the registry, or Hugging Face repository
-            id[:QUANT].
+          model: path of a GGUF file, folder of a checkpoint, name of a model in the registry, or Hugging Face
+            repository id[:QUANT].
           context_length: most tokens that the prompt and output of a request may have together; None: what the model
             was trained on, at most 4096.
           max_batch: most requests that run at once (1 to 1024); more wait their turn.
