@@ -21,6 +21,7 @@ def render(plan: Plan, width: int = WIDTH) -> str:
     )
     for note in plan.notes:
         console.print(f"note: {note}")
+    console.print()
     for table in (_memory(plan), _collectives(plan), _limits(plan), _compiled(plan)):
         if table is not None:
             console.print(table)
@@ -38,7 +39,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def _memory(plan: Plan) -> Table:
     m = plan.memory
-    table = _table("\nMemory of each device", "", "bytes", "")
+    table = _table("Memory of each device", "", "bytes", "")
     for what, count, remark in (
         ("device", m.total, f"{size(m.usable)} of it as JAX takes it" if m.usable != m.total else ""),
         ("weights, divided", m.weights_divided, ""),
@@ -57,7 +58,7 @@ def _memory(plan: Plan) -> Table:
 def _collectives(plan: Plan) -> Table | None:
     if not plan.collectives:
         return None
-    table = _table("\nCollectives of a step", "", "over", "a step", "devices", "each, per token", "sent, per token")
+    table = _table("Collectives of a step", "", "over", "a step", "devices", "each, per token", "sent, per token")
     for c in plan.collectives:
         table.add_row(
             f"{c.operation}, {c.what}",
@@ -76,7 +77,7 @@ def _collectives(plan: Plan) -> Table | None:
 
 def _limits(plan: Plan) -> Table:
     table = _table(
-        f"\nLimits at {plan.context:,} tokens of context, by the device's published figures",
+        f"Limits at {plan.context:,} tokens of context, by the device's published figures",
         "step",
         "reads",
         "memory",
@@ -107,7 +108,7 @@ def _compiled(plan: Plan) -> Table | None:
     c = plan.compiled
     if c is None:
         return None
-    table = _table(f"\nThe decode step of {plan.batch:,} requests, {c.target}", "", "")
+    table = _table(f"The decode step of {plan.batch:,} requests, {c.target}", "", "")
     for what, count in (
         ("arguments: weights and cache", c.argument_bytes),
         ("outputs", c.output_bytes),
