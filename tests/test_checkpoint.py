@@ -11,12 +11,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 import tiny_models
 
 from realm_jax import LLM, SamplingParams
 from realm_jax.checkpoint import CheckpointFile, convert, load_state, open_model, save_state
+from realm_jax.checkpoint.file import listed
 from realm_jax.checkpoint.header import write_header
-from realm_jax.checkpoint.manifest import ADAPTER, TRAINING
+from realm_jax.checkpoint.manifest import ADAPTER, MODEL, TRAINING, write_manifest
 from realm_jax.cli.app import run
 from realm_jax.errors import ChatTemplateError, CheckpointError, GGUFError, ModelNotFoundError
 from realm_jax.gguf import open_gguf
@@ -41,7 +43,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkpoint(made: Path, tmp_path: Path) -> Path:
-    """A checkpoint of one's own."""
+    """A checkpoint of one's own, with its GGUF file beside it."""
+    shutil.copy(made / "model.gguf", tmp_path)
     return Path(shutil.copytree(made / "model", tmp_path / "model"))
 
 
@@ -242,6 +245,33 @@ def test_damage_is_found_on_loading(damage: str, checkpoint: Path) -> None:
         load_model(file, 64)
 
 
+HOSTILE = {
+    "huge": ({"shape": [1 << 20, 1 << 14, 1 << 10, 64]}, r"0\.codes is int8\(1048576, 16384, 1024, 64\), not int8\("),
+    "in huge pieces": ({"chunks": [6, 16, 32, 1 << 34]}, "compressed, or cut into pieces larger"),
+    "compressed": ({"compressor": {"id": "zstd", "level": 1}}, "compressed, or cut into pieces larger"),
+    "of another type": ({"dtype": "<f4"}, "0.codes is float32"),
+    "empty": ({}, "cannot be read: .* is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_arrays_made_to_harm_are_refused_before_memory_is_taken(kind: str, checkpoint: Path) -> None:
+    """Written with TensorStore in place of Orbax's, and realm.json made to agree."""
+    changes, message = HOSTILE[kind]
+    item = checkpoint / "weights" / "ffn_up.weight-Q8_0"
+    fields = {"shape": [6, 16, 32, 256], "chunks": [6, 1, 32, 256], "compressor": None, "dtype": "|i1"} | changes
+    metadata = {**fields, "fill_value": None, "filters": None, "order": "C"}
+    spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{item}/", "path": "0.codes/"}}
+    tensorstore.open(spec | {"metadata": metadata}, create=True, delete_existing=True).result()
+    with open_gguf(checkpoint.parent / "model.gguf") as file:
+        rows = listed(file.tensors)
+    sums = json.loads((checkpoint / "realm.json").read_text())["crc32"]
+    (checkpoint / "realm.json").unlink()
+    write_manifest(checkpoint, MODEL, sums, {"tensors": rows})
+    with pytest.raises(CheckpointError, match=message), open_model(checkpoint) as file:
+        load_model(file, 64)
+
+
 def test_a_shape_that_the_config_does_not_have_is_refused_as_in_a_file(checkpoint: Path) -> None:
     edit(checkpoint, double)
     with pytest.raises(GGUFError, match=r"attn_q\.weight has shape"), open_model(checkpoint) as file:
@@ -272,13 +302,13 @@ def test_a_checkpoint_is_replaced_and_leftovers_go(made: Path, checkpoint: Path)
     (abandoned / "x").write_text("x")
     cut_short(data_files(checkpoint)[0])
     convert(made / "model.gguf", checkpoint, force=True)
-    assert os.listdir(checkpoint.parent) == ["model"]
+    assert sorted(os.listdir(checkpoint.parent)) == ["model", "model.gguf"]
     with open_model(checkpoint) as file:
         load_model(file, 64)
     empty = checkpoint.with_name("empty")
     empty.mkdir()
     convert(made / "model.gguf", empty)
-    assert sorted(os.listdir(checkpoint.parent)) == ["empty", "model"]
+    assert sorted(os.listdir(checkpoint.parent)) == ["empty", "model", "model.gguf"]
 
 
 CONVERT = """

@@ -10,12 +10,11 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -49,10 +48,11 @@ def save_item(folder: Path, arrays: Mapping[str, np.ndarray], part_axes: Mapping
     save_args = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=part_axes.get(name, ())) for name in arrays}
     # A Ctrl-C waits for it: threads would go on writing into a folder that is being removed.
     with _quiet(), interrupt_deferred():
+        hook = _hush()
         try:
             _checkpointer().save(folder, args=ocp.args.PyTreeSave(dict(arrays), save_args=save_args))
+            sys.unraisablehook = hook
         except Exception as error:  # TensorStore has one type for all that goes wrong
-            _hush()
             code = _OS_ERROR.search(str(error))
             if isinstance(error, (OSError, MemoryError)):
                 raise
@@ -72,17 +72,7 @@ def restore_host(
     they must be, or cannot be read.
     """
     with _reading(manifest, item, specs):
-        context = tensorstore.Context({"cache_pool#ocdbt": {"total_bytes_limit": _INDEX_BYTES}})
-        base = {"driver": "file", "path": f"{manifest.folder / item}/"}
-        opened = {}
-        for name in specs:
-            index = {"driver": "ocdbt", "base": base, "path": f"{name}/", "cache_pool": "cache_pool#ocdbt"}
-            spec = {"driver": "zarr", "kvstore": index, "fill_missing_data_reads": False}
-            opened[name] = tensorstore.open(spec, open=True, read=True, context=context)
-        stores = {name: store.result() for name, store in opened.items()}
-        for name, store in stores.items():
-            chunk = [n or 1 for n in store.chunk_layout.read_chunk.shape or ()]
-            _check_stored(manifest, item, name, specs[name], tuple(store.shape), store.dtype.numpy_dtype, chunk)
+        stores = _opened(manifest, item, specs)
         arrays = {name: allocate(*spec) for name, spec in specs.items()}
         for written in [tensorstore.array(arrays[name]).write(store) for name, store in stores.items()]:
             written.result()
@@ -99,18 +89,15 @@ def restore_sharded(
     import orbax.checkpoint as ocp
 
     with _reading(manifest, item, specs), _quiet():
-        folder = manifest.folder / item
-        stored = _checkpointer().metadata(folder).item_metadata
-        if stored is None or set(stored.tree) != set(specs):
-            raise manifest.damaged(f"{item}: the index of its arrays cannot be read")
-        for name, found in stored.tree.items():
-            shape = tuple(found.shape)
-            _check_stored(manifest, item, name, specs[name], shape, found.dtype, found.storage.chunk_shape)
+        _opened(manifest, item, specs)
         args = {
             name: ocp.ArrayRestoreArgs(sharding=shardings[name], global_shape=shape, strict=True)
             for name, (shape, _) in specs.items()
         }
-        restored: dict[str, jax.Array] = _checkpointer().restore(folder, args=ocp.args.PyTreeRestore(restore_args=args))
+        restore_args = ocp.args.PyTreeRestore(restore_args=args)
+        restored: dict[str, jax.Array] = _checkpointer().restore(manifest.folder / item, args=restore_args)
+        if set(restored) != set(specs):
+            raise manifest.damaged(f"{item} holds {', '.join(restored)}, not {', '.join(specs)}")
         return restored
 
 
@@ -178,20 +165,25 @@ def _crc(values: np.ndarray, crc: int = 0) -> int:
     return crc
 
 
-def _check_stored(
-    manifest: Manifest,
-    item: str,
-    name: str,
-    wanted: tuple[tuple[int, ...], np.dtype],
-    shape: tuple[int, ...],
-    dtype: Any,
-    chunk: Sequence[int],
-) -> None:
-    """Before memory is taken for it: an array is what is expected, and cut into pieces no larger than it is."""
-    if (shape, np.dtype(dtype)) != wanted:
-        raise manifest.damaged(f"{item}: {name} is {dtype}{shape}, not {wanted[1]}{wanted[0]}")
-    if any(piece > n for piece, n in zip(chunk, shape, strict=True)):
-        raise manifest.damaged(f"{item}: {name} is cut into pieces of {tuple(chunk)}")
+def _opened(manifest: Manifest, item: str, specs: Specs) -> dict[str, tensorstore.TensorStore]:
+    """The arrays of an item, found to be what is expected and stored as they are: before memory is taken for them."""
+    context = tensorstore.Context({"cache_pool#ocdbt": {"total_bytes_limit": _INDEX_BYTES}})
+    base = {"driver": "file", "path": f"{manifest.folder / item}/"}
+    opened = {}
+    for name in specs:
+        index = {"driver": "ocdbt", "base": base, "path": f"{name}/", "cache_pool": "cache_pool#ocdbt"}
+        spec = {"driver": "zarr", "kvstore": index, "fill_missing_data_reads": False}
+        opened[name] = tensorstore.open(spec, open=True, read=True, context=context)
+    stores = {name: store.result() for name, store in opened.items()}
+    for name, store in stores.items():
+        shape, dtype = specs[name]
+        found = store.dtype.numpy_dtype
+        if tuple(store.shape) != shape or found != dtype:
+            raise manifest.damaged(f"{item}: {name} is {found}{tuple(store.shape)}, not {dtype}{shape}")
+        stored = store.spec().to_json()["metadata"]
+        if stored["compressor"] or stored["filters"] or any(n > most for n, most in zip(stored["chunks"], shape)):
+            raise manifest.damaged(f"{item}: {name} is compressed, or cut into pieces larger than it is")
+    return stores
 
 
 @cache
@@ -213,15 +205,17 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _hush() -> None:
-    """When one write fails, others that end later find their event loop closed, and TensorStore prints that."""
-    hook = sys.excepthook
+def _hush() -> Callable[[Any], Any]:
+    """When one write fails, others that end later find their event loop closed, and Python prints that: not from now
+    on. Returns the hook of before."""
+    hook = sys.unraisablehook
 
-    def print_others(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            hook(kind, error, trace)
+    def print_others(found: Any) -> None:
+        if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
+            hook(found)
 
-    sys.excepthook = print_others
+    sys.unraisablehook = print_others
+    return hook
 
 
 def _reason(error: Exception) -> str:
