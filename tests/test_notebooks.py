@@ -33,7 +33,7 @@ def texts(notebook: nbformat.NotebookNode) -> str:
 
 
 def test_there_are_notebooks() -> None:
-    assert {"quickstart"} <= set(NOTEBOOKS)
+    assert {"quickstart", "tenants", "speculation", "inside_a_quantized_model", "sharded"} <= set(NOTEBOOKS)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
