@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -459,3 +460,41 @@ def test_states(tmp_path: Path) -> None:
         load_state(tmp_path, TRAINING)
     with pytest.raises(ModelNotFoundError, match=r"holds no \.gguf file, and is no checkpoint"):
         LLM(tmp_path)
+
+
+# Long ones
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_time(made: Path, checkpoint: Path) -> None:
+    """From while modules are imported to after the end."""
+    command = [sys.executable, "-c", CONVERT, made / "model.gguf", checkpoint, "never"]
+    begun = time.monotonic()
+    subprocess.run(command, check=True)
+    whole = time.monotonic() - begun
+    for part in range(3, 13):
+        process = subprocess.Popen(command)
+        time.sleep(whole * part / 12)
+        process.kill()
+        process.wait()
+        with open_model(checkpoint) as file:
+            load_model(file, 64)
+    convert(made / "model.gguf", checkpoint, force=True)
+    assert sorted(os.listdir(checkpoint.parent)) == ["model", "model.gguf"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_loads_at_least_as_fast_as_the_file(backend: str, tmp_path: Path) -> None:
+    """Of a quarter of the 1B shape, and in the processor's time: other processes take some of any other."""
+    spec = tiny_models._llama(layers=4, width=2048, heads=32, kv_heads=8, hidden=8192)
+    tiny_models.write_spec(spec, tmp_path / "model.gguf", label="fast", type_of=lambda _: "Q4_K")
+    convert(tmp_path / "model.gguf", tmp_path / "model")
+    seconds: dict[str, list[float]] = {"model.gguf": [], "model": []}
+    for name in [*seconds] * 5:
+        begun = time.process_time()
+        with open_model(tmp_path / name) as file:
+            load_model(file, 64, backend=backend)
+        seconds[name].append(time.process_time() - begun)
+    print(seconds)
+    assert min(seconds["model"]) <= min(seconds["model.gguf"])
