@@ -47,6 +47,11 @@ def lead(steps: int, then: str) -> None:
                 time.sleep(600)
             except KeyboardInterrupt:
                 print("not yet", flush=True)
+    elif then == "ask":
+        import readline  # noqa: F401  (line editing for input())
+
+        while True:
+            print(f"answer: {input('question: ')}", flush=True)
     elif then == "write":
         os.write(2, b"of a program it started\n")
         print("of its own", file=sys.stderr)

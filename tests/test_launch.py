@@ -2,10 +2,13 @@
 
 import json
 import os
+import pty
+import select
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -206,6 +209,36 @@ def test_the_code_is_that_of_the_command(job: Start, then: str, code: int) -> No
         assert errors == []
 
 
+@pytest.mark.slow
+def test_the_terminal_is_the_command_s_and_is_left_as_it_was() -> None:
+    wanted = {"coordinator": free_address(), "steps": 1, "then": "ask"}
+    launcher, terminal = pty.fork()
+    if launcher == 0:
+        os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT}/tests"
+        os.execv(sys.executable, [sys.executable, str(ROOT / "tests/sharded_job.py"), json.dumps(wanted)])
+    before = termios.tcgetattr(terminal)
+    seen = b""
+
+    def read_until(text: bytes) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + START
+        while text not in seen:
+            assert select.select([terminal], [], [], deadline - time.monotonic())[0], seen
+            seen += os.read(terminal, 4096)
+        seen = seen.partition(text)[2]
+
+    read_until(b"question: ")
+    os.write(terminal, b"ac\x02b\r")  # Ctrl-B goes one back
+    read_until(b"answer: abc")
+    read_until(b"question: ")
+    while termios.tcgetattr(terminal) == before:  # until readline has taken the terminal
+        time.sleep(0.05)
+    os.kill(children(launcher)[1], signal.SIGKILL)
+    read_until(b"error: rank 1 was killed (SIGKILL); the job has ended")
+    assert os.waitpid(launcher, 0)[1] == 1 << 8
+    assert termios.tcgetattr(terminal) == before
+
+
 # Two launchers of one rank each know of each other no more than if they were on two machines.
 
 
@@ -265,12 +298,16 @@ def test_interrupt_on_one_machine_ends_the_others(pair: Pair, rank: int) -> None
 
 
 @pytest.mark.slow
-def test_end_on_the_first_machine_ends_the_others(pair: Pair) -> None:
-    first, second = pair(steps=2)
+@pytest.mark.parametrize(
+    ("then", "code", "errors"),
+    [("", 0, []), ("3", 3, ["error: rank 0 ended with exit code 3; the job has ended"])],
+)
+def test_end_on_the_first_machine_ends_the_others(pair: Pair, then: str, code: int, errors: list[str]) -> None:
+    first, second = pair(steps=2, then=then)
     first.await_line("step 2:")
     began = time.monotonic()
-    assert first.end(began) == (0, [])
-    assert second.end(began) == (0, [])
+    assert first.end(began) == (code, [])
+    assert second.end(began) == (code, errors)
 
 
 @pytest.mark.slow

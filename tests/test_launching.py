@@ -72,6 +72,14 @@ def test_the_flags_say_which_processes_start(
     assert asked[0].cpu_devices == cpu_devices
 
 
+def test_commands_that_differ_far_behind_differ(asked: list[Job]) -> None:
+    for end in "ab":
+        assert launching.main(["generate", "m", "-p", "x" * 500 + end]) == 0
+    first, second = (job.same["command"] for job in asked)
+    assert first != second
+    assert len(first) < 200
+
+
 def test_a_scheduler_says_which_process_this_is(asked: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "9"}.items():
         monkeypatch.setenv(name, value)

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +25,7 @@ from realm_jax.sharding.cluster import Cluster, find_cluster, first_devices, loc
 from realm_jax.sharding.mesh import MAX_DEVICES, MeshShape
 from realm_jax.sharding.supervisor import Job, supervise
 
+_SHOWN = 160  # characters of a command in messages
 _DESCRIPTION = """\
 Runs a model on the devices of several processes: rank 0 runs COMMAND, the others follow it.
 
@@ -86,7 +88,7 @@ def _launch(options: argparse.Namespace) -> int:
             ranks,
             command,
             ["follow", "realm_jax.engine.follower"],
-            same={"command": shlex.join(command)[:200]},
+            same={"command": _shown(command)},
             cpu_devices=each,
             interactive=command[:2] == ["realm", "chat"],
             timeout=options.start_timeout,
@@ -146,6 +148,12 @@ def _command(words: Sequence[str], mesh: str | None, default: str | None) -> tup
         asked["mesh"] = chosen
         rest = ["--mesh", chosen, *rest]
     return ["realm", name, *rest], asked
+
+
+def _shown(command: Sequence[str]) -> str:
+    """A command line, shortened so that others look otherwise."""
+    text = shlex.join(command)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({zlib.crc32(text.encode()):08x})"
 
 
 def _plan(asked: dict[str, Any], processes: int, each: int | None, topology: str | None) -> None:
