@@ -240,7 +240,7 @@ class LLM:
         def work(table: np.ndarray) -> np.ndarray:
             if name is None:
                 return runner.step_all(ids, 0, table)
-            return self._loop.placed(name, lambda placed: runner.step_all(ids, 0, table, placed))
+            return self._loop.adapters.with_placed(name, lambda placed: runner.step_all(ids, 0, table, placed))
 
         return self._loop.exclusively(len(ids), work)
 
@@ -424,7 +424,7 @@ class LLM:
     ) -> list[Request]:
         scale = check_scale(adapter_scale)
         if adapter is not None:
-            self._loop.check_adapter(adapter)
+            self._loop.adapters.check(adapter)
         return self._core.requests(tokens, params, adapter=adapter, adapter_scale=scale, speculate=speculate)
 
     def _fitting(self, ids: np.ndarray) -> np.ndarray:

@@ -62,7 +62,7 @@ def check_books(engine):
     assert stats.running == stats.waiting == 0
     assert stats.pages_free + stats.pages_cached == stats.pages_total
     assert not engine._live
-    store = engine._core.loop._adapters
+    store = engine._core.loop.adapters._store
     assert all(resident.holders == 0 for resident in store._named.values())
     assert not store._unnamed
 

@@ -47,7 +47,7 @@ def check_books(loop):
     assert scheduler.available == scheduler.pages.total
     assert loop._open == 0
     assert {account.open for account in scheduler.accounts.values()} == {0}
-    assert {resident.holders for resident in loop._adapters.named.values()} <= {0}
+    assert {resident.holders for resident in loop.adapters._store.named.values()} <= {0}
     assert not loop._driving
 
 
@@ -161,7 +161,8 @@ def play(rng, steps):
 
     def submit(name):
         length, output = STYLES[styles[name]]
-        most = min(16, scheduler.pages.region_size - sum(n for other, n in scheduler.cache.floors.items() if other != name))
+        floors = sum(n for other, n in scheduler.cache.floors.items() if other != name)
+        most = min(16, scheduler.pages.region_size - floors)
         one = make_sequence(
             min(length, 4 * most - output - 1),
             output=output,
@@ -341,7 +342,7 @@ def test_refused_exclusive_work_disturbs_nobody(loop):
     pieces = loop.pieces(request)
     first = next(pieces)
     with pytest.raises(AdapterError, match="no adapter 'nope'"):
-        loop.exclusively(4, lambda table: loop.placed("nope", lambda placed: None))
+        loop.exclusively(4, lambda table: loop.adapters.with_placed("nope", lambda placed: None))
     with pytest.raises(InvalidRequestError, match="1 requests run or wait"):
         loop.swap_model(lambda: None)
     assert collect([first, *pieces]).tokens == expected_greedy(b"abc", 6)
@@ -416,7 +417,7 @@ def test_cancelling_while_an_adapter_loads(loop):
     loading, other = threading.Event(), threading.Thread(target=lambda: loop.cancel([adapted]), daemon=True)
 
     def load():
-        with loop._adapter_lock:
+        with loop.adapters._lock:
             other.start()
             loading.wait(0.2)
             loop.cancel([plain])
@@ -429,14 +430,14 @@ def test_cancelling_while_an_adapter_loads(loop):
 
 
 def test_ctrl_c_while_an_adapter_is_taken(loop, monkeypatch):
-    acquire = loop._adapters.acquire
+    acquire = loop.adapters._store.acquire
 
     def interrupted(name):
         resident = acquire(name)
         os.kill(os.getpid(), signal.SIGINT)
         return resident
 
-    monkeypatch.setattr(loop._adapters, "acquire", interrupted)
+    monkeypatch.setattr(loop.adapters._store, "acquire", interrupted)
     request = make_request(b"abc", options={"adapter": "a"})
     try:
         with pytest.raises(KeyboardInterrupt):

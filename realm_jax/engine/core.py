@@ -219,7 +219,7 @@ class Core:
             raise InvalidRequestError("merging is not supported on a mesh; accepted: a model on one device")
 
         def change() -> MergeReport:
-            with self.loop.held_adapter(name) as adapter:
+            with self.loop.adapters.held(name) as adapter:
                 model, report = merge(runner.model, adapter.adapter, format, adapter.effective(scale))
             runner.swap(model)
             return report
@@ -232,7 +232,7 @@ class Core:
         self.loop.exclusively(1, lambda table: self._warm_up(runner))
 
     def _warm_up(self, runner: Runner) -> None:
-        with self.loop.adapter_stacks() as stacks:
+        with self.loop.adapters.stacks() as stacks:
             runner.warm_up(stacks, verify=self._drafts)
         if self._draft is not None:
             self._draft.warm_up()

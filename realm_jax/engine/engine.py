@@ -18,8 +18,9 @@ import numpy as np
 from realm_jax.arguments import brief, refuse_options
 from realm_jax.engine.core import Core, Progress
 from realm_jax.engine.ledger import Spent
-from realm_jax.engine.loop import HostLoop, LoopStats
+from realm_jax.engine.loop import HostLoop
 from realm_jax.engine.request import Request as Running
+from realm_jax.engine.stats import LoopStats
 from realm_jax.engine.tenants import DEFAULT_TENANT, Tenant
 from realm_jax.errors import InvalidRequestError
 from realm_jax.lora import check_scale

@@ -84,7 +84,7 @@ class Executor:
             self.pool = self._allocate()
         if self.model.mesh is not None:
             mesh = self.model.mesh
-            batch = Batch(*(a if a is None or not a.ndim else divide(a, mesh, "data") for a in batch))
+            batch = jax.tree.map(lambda a: divide(a, mesh, "data") if a.ndim else a, batch)
         lora = None
         if stacks is not None and batch.slots is not None:
             lora = RowAdapters(stacks, batch.slots)  # type: ignore[arg-type]  # numpy will do

@@ -14,13 +14,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
 
+from realm_jax.engine.adapters import RequestAdapters
 from realm_jax.engine.allocator import PageAllocator
 from realm_jax.engine.buckets import PREFILL_TOKENS, Buckets
 from realm_jax.engine.ledger import Ledger, Spent
@@ -30,13 +30,13 @@ from realm_jax.engine.sampler import Drawn, DrawRow, Sampler
 from realm_jax.engine.scheduler import Row, Scheduler
 from realm_jax.engine.speculation import accepted
 from realm_jax.engine.speculator import Speculator
+from realm_jax.engine.stats import LoopStats
 from realm_jax.engine.tenants import Tenant
-from realm_jax.errors import AdapterError, CapacityError, InvalidRequestError, RealmError
+from realm_jax.errors import CapacityError, InvalidRequestError, RealmError
 from realm_jax.interrupt import interrupt_deferred
-from realm_jax.lora import AdapterStore, Resident
+from realm_jax.lora import AdapterStore
 from realm_jax.results import Piece
 from realm_jax.sampling import BAD_LOGITS, NO_TOKEN
-from realm_jax.sampling_params import shown
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -89,37 +89,6 @@ class Flight:
     timed: bool
 
 
-@dataclass(frozen=True)
-class LoopStats:
-    """What the loop has done and holds now.
-
-    Attributes:
-      steps: batches run. preemptions: requests that lost their slot for a while.
-      running, waiting: requests.
-      pages_total, pages_free, pages_cached: of the key/value cache; cached ones are held for their prefixes alone, too.
-      prompt_tokens, reused_tokens, generated_tokens: computed, taken from the prefix cache instead, and drawn.
-      drafted, accepted: tokens proposed by speculation, and those that the model confirmed.
-      fairness_gap, fairness_bound: in virtual tokens, between tenants that wait (see engine.scheduler).
-      adapters: names of those loaded.
-    """
-
-    steps: int
-    preemptions: int
-    running: int
-    waiting: int
-    pages_total: int
-    pages_free: int
-    pages_cached: int
-    prompt_tokens: int
-    reused_tokens: int
-    generated_tokens: int
-    drafted: int
-    accepted: int
-    fairness_gap: float
-    fairness_bound: float
-    adapters: tuple[str, ...]
-
-
 class HostLoop:
     """Runs requests over one runner. All methods may be called from any thread."""
 
@@ -146,7 +115,7 @@ class HostLoop:
         self._runner: Batches | None = runner
         self._sampler = Sampler(runner.max_batch, runner.vocab_size)
         self._queue_limit = queue_limit
-        self._adapters = adapters
+        self.adapters = RequestAdapters(adapters)
         self._speculator = speculator
         self.ledger = ledger if ledger is not None else Ledger()
         self.scheduler: Scheduler[Request] = Scheduler(
@@ -169,8 +138,6 @@ class HostLoop:
         self._cancelled: list[Request] = []
         self._open = 0  # requests that were submitted and have not ended
         self._exclusive = 0  # threads in `exclusively`: until they are through, only they drive, and nobody is admitted
-        # Guards the adapters, which are loaded while others run.
-        self._adapter_lock = threading.RLock()
         self._flight: Flight | None = None
         self._deadlines: list[Request] = []
         self._ledger_fails = False
@@ -195,7 +162,7 @@ class HostLoop:
             try:
                 for request in requests:
                     if request.adapter_name is not None:
-                        self._pin(request)
+                        self.adapters.pin(request, self.scheduler.account(request.tenant).tenant)
                 with self._changed:
                     self._check_open()
                     for tenant, count in wanted.items():
@@ -211,7 +178,7 @@ class HostLoop:
             except BaseException:
                 for request in requests:
                     if request.adapter is not None:
-                        self._unpin(request)
+                        self.adapters.unpin(request)
                 raise
 
     def pieces(self, request: Request) -> Iterator[Piece]:
@@ -320,48 +287,15 @@ class HostLoop:
                 self._changed.notify_all()
         return done[0]
 
-    @contextmanager
-    def held_adapter(self, name: str) -> Iterator[Resident]:
-        """An adapter, held meanwhile; others wait to load theirs."""
-        adapters = self._loaded_adapters()
-        with self._adapter_lock:
-            handle = adapters.acquire(name)
-            try:
-                yield handle
-            finally:
-                adapters.release(handle)
-
-    def placed(self, name: str, work: Callable[[Any], T]) -> T:
-        """work((stacks, slot)) with an adapter on the device; to be called while driving exclusively."""
-        adapters = self._loaded_adapters()
-        with self.held_adapter(name) as handle:
-            [slot] = adapters.place([(handle, 1.0)])
-            return work((adapters.stacks, int(slot)))
-
-    def check_adapter(self, name: str) -> None:
-        """AdapterError when there is none of that name."""
-        with self._adapter_lock:
-            self._loaded_adapters().get(name)
-
-    @contextmanager
-    def adapter_stacks(self) -> Iterator[Any]:
-        """The stacks of the device, None while no adapter is loaded; others wait to load theirs."""
-        with self._adapter_lock:
-            yield None if self._adapters is None else self._adapters.stacks
-
     def load_adapter(self, name: str, path: Any, scale: float = 1.0) -> None:
         """Loads or replaces an adapter, also while requests run: those keep what they started with. AdapterError."""
         with self._changed:
             self._check_open()
-        adapters = self._loaded_adapters()
-        adapter = adapters.read(path)  # takes long: outside the lock
-        with self._adapter_lock:
-            adapters.add(name, adapter, scale)
+        self.adapters.load(name, path, scale)
 
     def unload_adapter(self, name: str) -> None:
         """Requests that use it run to their end. AdapterError for one that is not loaded."""
-        with self._adapter_lock:
-            self._loaded_adapters().unload(name)
+        self.adapters.unload(name)
 
     def swap_model(self, change: Callable[[], T]) -> T:
         """change() while nothing runs or waits, and then nothing is cached any more: what was, was another model's.
@@ -387,7 +321,7 @@ class HostLoop:
         """
         content = b""
         if adapter is not None:
-            with self.held_adapter(adapter) as handle:
+            with self.adapters.held(adapter) as handle:
                 content = handle.cache_key()
         cache, size = self.scheduler.cache, self.scheduler.page_size
         keys = chain(first_key(content), tokens, size, cache.public_salt)
@@ -398,8 +332,7 @@ class HostLoop:
     def stats(self) -> LoopStats:
         """A snapshot; taken between two steps, or a step old."""
         scheduler = self.scheduler
-        with self._adapter_lock:
-            names = () if self._adapters is None else tuple(self._adapters.names)
+        names = self.adapters.names
         with self._changed:
             running = len(scheduler.running)
             return LoopStats(
@@ -504,7 +437,7 @@ class HostLoop:
         """Takes a request that is done, and was submitted, out of the books."""
         self.scheduler.remove(request)
         if request.adapter is not None:
-            self._unpin(request)
+            self.adapters.unpin(request)
         if self._speculator is not None:
             self._speculator.release(request)
         with self._changed:
@@ -608,8 +541,7 @@ class HostLoop:
                 tables.append(request.table)
                 owners.append(request)
                 draws.append(DrawRow(request, row.stop + i, row.drafts[:i], masks[i]) if row.samples else None)
-        with self._adapter_lock:  # until the step is on its way: loading may make other stacks
-            stacks, slots = self._placed(owners)
+        with self.adapters.placed(owners) as (stacks, slots):
             parts = self._runner.parts(
                 tokens,
                 starts,
@@ -726,37 +658,3 @@ class HostLoop:
             self._speculator.reset()
         if self._runner is not None:
             self._runner.reset()
-
-    # -- adapters
-
-    def _loaded_adapters(self) -> AdapterStore:
-        if self._adapters is None:
-            raise RealmError("this loop was made without adapters")
-        return self._adapters
-
-    def _pin(self, request: Request) -> None:
-        name = request.adapter_name
-        assert name is not None
-        tenant = self.scheduler.account(request.tenant).tenant
-        tenant.check_adapter(name)
-        with self._adapter_lock:
-            adapters = self._loaded_adapters()
-            if tenant.adapters is not None and name not in adapters.names:  # the others' names are not its business
-                loaded = ", ".join(repr(one) for one in tenant.adapters if one in adapters.names) or "none"
-                raise AdapterError(f"there is no adapter {shown(name)} now; loaded for {tenant.name!r} are: {loaded}")
-            request.use_adapter(adapters.acquire(name))
-
-    def _unpin(self, request: Request) -> None:
-        assert request.adapter is not None
-        with self._adapter_lock:
-            self._loaded_adapters().release(request.adapter)
-        request.adapter = None
-
-    def _placed(self, owners: list[Request]) -> tuple[Any, np.ndarray | None]:
-        """Stacks and the slot of each row; no stacks where no row has an adapter: the program without them serves."""
-        if all(request.adapter is None for request in owners):
-            return None, None
-        adapters = self._loaded_adapters()
-        with self._adapter_lock:
-            slots = adapters.place([None if r.adapter is None else (r.adapter, r.adapter_scale) for r in owners])
-            return adapters.stacks, slots
