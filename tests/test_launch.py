@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from realm_jax.sharding.start import difference
+from realm_jax.sharding.supervisor import death, without_chatter, without_noise
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 10.0  # seconds that all have to end in
@@ -368,3 +369,53 @@ def test_what_differs_is_named() -> None:
     assert difference(facts[:2]) is None
     assert difference(facts) == "rank 2 has jax 2, mesh b, and rank 0 has jax 1, mesh a" + accepted
     assert difference([{"jax": "1"}, {}]) == "rank 1 has jax unknown, and rank 0 has jax 1" + accepted
+
+
+FATAL = (
+    "F1121 21:02:37.3 10546 client.h:80] Terminating process because the JAX distributed service detected fatal errors"
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "written", "said"),
+    [
+        (-9, "", "rank 3 was killed (SIGKILL)"),
+        (-11, "Fatal Python error", "rank 3 was killed (SIGSEGV) (REALM_DEBUG=1 shows more)"),
+        (-64, "", "rank 3 was killed (SIGRTMAX) (REALM_DEBUG=1 shows more)"),
+        (7, "", "rank 3 ended unexpectedly, with exit code 7 (REALM_DEBUG=1 shows more)"),
+        (
+            -6,
+            FATAL
+            + "absl::Status: UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n1\n2\nThe",
+            "ranks 1, 2 stopped answering: their processes or machines have died",
+        ),
+        (
+            -6,
+            FATAL + "absl::Status: UNAVAILABLE: failed to connect to all addresses 127.0.0.1:80",
+            "rank 0, the coordinator, stopped answering: its process or its machine has died",
+        ),
+    ],
+)
+def test_what_a_death_is_called(monkeypatch: pytest.MonkeyPatch, code: int, written: str, said: str) -> None:
+    monkeypatch.delenv("REALM_DEBUG", raising=False)
+    assert death("rank 3", code, written) == said
+
+
+def test_the_noise_of_libraries_is_kept_from_the_user() -> None:
+    log = "E1121 21:02:37.343252   10535 coordination_service.cc:1549] Use error polling:\n1\nThe tasks have crashed.\n"
+    assert without_noise(log) == ""
+    assert without_noise("ls: no such file\n" + log) == "ls: no such file\n"
+    assert without_noise("*** Check failure stack trace: ***\n    @ 0x7f") == ""
+    assert without_noise("*** see below ***\n") == "*** see below ***\n"
+    assert without_noise("E1121 is a room\n") == "E1121 is a room\n"
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_the_chatter_of_gloo_is_not_the_command_s_output(size: int) -> None:
+    text = b"one\n[Gloo] Rank 0 is connected to 1 peer ranks. \n[two\n\n[Gloo three\xff"
+    shown, held = b"", b""
+    for start in range(0, len(text), size):
+        more, held = without_chatter(held + text[start : start + size])
+        shown += more
+    assert (shown, held) == (b"one\n[two\n\n[Gloo three\xff", b"")
+    assert without_chatter(b"a\n[Glo") == (b"a\n", b"[Glo")

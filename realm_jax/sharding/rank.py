@@ -8,6 +8,7 @@ import atexit
 import builtins
 import contextlib
 import ctypes
+import dataclasses
 import io
 import json
 import os
@@ -64,6 +65,9 @@ class Assignment:
     output: int
     errors: int
     first: bool
+
+    def text(self) -> str:
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)  # an argument's length is limited
 
     @classmethod
     def parse(cls, text: str) -> "Assignment":

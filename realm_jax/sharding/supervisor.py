@@ -5,7 +5,6 @@ REALM_DEBUG=1 shows it.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -27,6 +26,7 @@ _ORDERLY = 8.0  # seconds that the processes have to end after the command has
 _INTERRUPTED = 5.0  # seconds that the command has after Ctrl-C
 _TOLD = 1.0  # seconds for telling other machines why the job has ended
 _LATE = 5.0  # seconds after the time limit for starting, in which the processes say themselves what they wait for
+_REACHED = 0.5  # seconds within which a Ctrl-C on the terminal has reached the command too
 _TWICE = 3.0  # seconds within which a second Ctrl-C ends what goes on after one
 _ROOT = str(Path(__file__).resolve().parents[2])  # where the ranks find this package
 _TAIL = 1 << 14  # bytes kept of what a process wrote
@@ -160,7 +160,7 @@ class _Supervisor:
         )
         given = [lifeline, reported, assignment.output, assignment.errors]
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "realm_jax.sharding.rank", json.dumps(dataclasses.asdict(assignment))],
+            [sys.executable, "-P", "-m", "realm_jax.sharding.rank", assignment.text()],
             stdin=None if leads else subprocess.DEVNULL,
             stdout=put_out,
             stderr=noised,
@@ -236,14 +236,14 @@ class _Supervisor:
         if not leaders or again:
             self._decide(130, "stopped with Ctrl-C; the job has ended")
         else:
-            self.pass_on_at = now + 0.2
+            self.pass_on_at = now + _REACHED
 
     def _keep_time(self) -> None:
         now = time.monotonic()
         if self.pass_on_at is not None and now >= self.pass_on_at:
             self.pass_on_at = None
             for child in self.children:
-                if child.cluster.rank == 0 and child.alive and child.interrupted < self.interrupts[-1] - 0.5:
+                if child.cluster.rank == 0 and child.alive and child.interrupted < self.interrupts[-1] - _REACHED:
                     child.process.send_signal(signal.SIGINT)
         if self.interrupts and not self.job.interactive and now >= self.interrupts[-1] + _INTERRUPTED:
             self._decide(130, "stopped with Ctrl-C; the job has ended")
@@ -269,6 +269,9 @@ class _Supervisor:
             for number in child.pipes:
                 if number in self.selector.get_map():
                     self._read(child, number)
+            if not child.unshown.startswith(_CHATTER):
+                sys.stdout.buffer.write(child.unshown)
+                sys.stdout.buffer.flush()
         if child.end is not None:
             self._decide(**child.end, orderly=self.elsewhere or child.end["error"] is None)
         elif died:
@@ -338,7 +341,7 @@ def death(name: str, code: int, written: str) -> str:
     jax ends a process whose coordination service has lost another one; it was the other, then, that died."""
     lost = _lost(written)
     if lost is not None:
-        return f"{lost} stopped answering: its process or its machine has died"
+        return lost
     hint = "" if os.environ.get("REALM_DEBUG") == "1" or code == -signal.SIGKILL else " (REALM_DEBUG=1 shows more)"
     if code >= 0:
         return f"{name} ended unexpectedly, with exit code {code}{hint}"
@@ -350,20 +353,23 @@ def death(name: str, code: int, written: str) -> str:
 
 
 def _lost(written: str) -> str | None:
-    """The ranks that jax has lost, by what it wrote before it ended the process."""
+    """Which ranks jax has lost, by what it wrote before it ended the process."""
     _, fatal, text = written.rpartition("JAX distributed service detected fatal errors")
     if not fatal:
         return None
     listed = re.search(r"stopped sending heartbeats\):([0-9,\s]+)", text)
     ranks = sorted({int(rank) for rank in re.findall(r"[0-9]+", listed[1])}) if listed else []
-    return f"rank {' and '.join(map(str, ranks))}" if ranks else "rank 0, the coordinator,"
+    if len(ranks) > 1:
+        return f"ranks {', '.join(map(str, ranks))} stopped answering: their processes or machines have died"
+    who = f"rank {ranks[0]}" if ranks else "rank 0, the coordinator,"
+    return f"{who} stopped answering: its process or its machine has died"
 
 
 _CHATTER = b"[Gloo] "
 # A line of absl's or glog's log, and the first of the pages they write when a process aborts.
 _NOISE = re.compile(
     r"^(WARNING: All log messages before absl|[IWEF][0-9]{4} [0-9:.]+ |[0-9]{4}-[0-9-]+ [0-9:.]+: [IWEF] |"
-    r"\*\*\* |Fatal Python error|terminate called)",
+    r"\*\*\* (Check failure|SIG[A-Z]+ )|Fatal Python error|terminate called)",
     re.MULTILINE,
 )
 
