@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from realm_jax.arguments import brief, refuse_options
 from realm_jax.engine.engine import Engine, EngineStats, Event, Request
-from realm_jax.engine.tenants import Tenant
+from realm_jax.engine.tenants import DEFAULT_TENANT, Tenant
 from realm_jax.errors import AdapterError, InvalidRequestError, MissingPackageError, RealmError
 from realm_jax.sampling_params import shown
 
@@ -89,17 +89,19 @@ class Replica:
         stall_seconds: float = 600.0,
         engine_options: Mapping[str, Any] | None = None,
     ):
-        self._tenants = {tenant.name: tenant for tenant in tenants or ()}
+        listed = None if tenants is None else list(tenants)
+        self._tenants = {tenant.name: tenant for tenant in listed or (Tenant(DEFAULT_TENANT),)}
         self._adapters = dict(adapters or {})
         self._watch = StallWatch(stall_seconds)
-        self._engine = Engine(model, tenants=tenants, **(engine_options or {}))
+        self._engine = Engine(model, tenants=listed, **(engine_options or {}))
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         """The events of a request; errors as Engine.submit has them. Closing it early cancels the request."""
         if not isinstance(request, Request):
             raise InvalidRequestError(f"request is {brief(request)}; accepted: a realm_jax.Request")
-        if isinstance(request.adapter, str):
-            self._check_adapter(request.adapter, request.tenant)
+        tenant = self._tenants.get(request.tenant) if isinstance(request.tenant, str) else None
+        if tenant is not None and isinstance(request.adapter, str):  # what else they are, the engine refuses
+            self._check_adapter(request.adapter, tenant)
             await self.loaded(request.adapter)
         # No await between the two: nothing unloads the adapter before the request holds it.
         stream = self._engine.submit(request)
@@ -126,10 +128,9 @@ class Replica:
 
         return ReplicaStats(serve.get_replica_context().replica_id.to_full_id_str(), self._engine.stats())
 
-    def _check_adapter(self, name: str, tenant: str) -> None:
+    def _check_adapter(self, name: str, tenant: Tenant) -> None:
         # Before anything is loaded: a request that will be refused must not push another adapter out.
-        if isinstance(tenant, str) and tenant in self._tenants:
-            self._tenants[tenant].check_adapter(name)
+        tenant.check_adapter(name)
         if name not in self._adapters:
             known = ", ".join(map(repr, sorted(self._adapters))) or "none"
             raise AdapterError(f"no adapter {shown(name)} in this deployment; accepted: {known}")

@@ -94,6 +94,7 @@ def test_a_replica_serves_tenants_and_adapters(replica, llm):
 
 REFUSED = [
     (Request("the cat", tenant="nobody"), InvalidRequestError, "unknown tenant 'nobody'"),
+    (Request("the cat", tenant="nobody", adapter="c"), InvalidRequestError, "unknown tenant 'nobody'; accepted: acme"),
     (Request("the cat", tenant="acme", adapter="d"), AdapterError, "tenant 'acme' may not use adapter 'd'"),
     (
         Request("the cat", tenant="busy", adapter="d"),
