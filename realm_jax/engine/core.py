@@ -107,7 +107,7 @@ class Core:
         self._grammars: GrammarTokenizer | None = None  # made when the first request needs it
         if leader is not None:
             leader.wait()
-        self._tell = None if leader is None else leader.tell
+        self._leader = leader
         self._drafts = draft is not None
         small = None
         if draft is not None and str(draft) != "ngram":
@@ -115,8 +115,8 @@ class Core:
         budget = cache_budget() if cache_bytes is None else cache_bytes
         if small is not None:  # pages of both, as many of each
             budget = budget * page_bytes(loaded) // (page_bytes(loaded) + page_bytes(small))
-        runner = self._make_runner(loaded, max_batch, budget, tell=self._tell)
-        store = AdapterStore(loaded, device_slots=max_batch, tell=self._tell)
+        runner = self._make_runner(loaded, max_batch, budget, leader=leader)
+        store = AdapterStore(loaded, device_slots=max_batch, tell=None if leader is None else leader.tell)
         for name, path in (adapters or {}).items():
             store.load(name, path)
         self.runner: Runner | None = runner
@@ -155,9 +155,9 @@ class Core:
         try:
             self.loop.close()
         finally:
-            tell, self._tell = self._tell, None
-            if tell is not None:
-                tell("close")
+            leader, self._leader = self._leader, None
+            if leader is not None:
+                leader.tell("close")
             if isinstance(self.template, ChatTemplate):
                 self.template.close()
 
@@ -253,9 +253,9 @@ class Core:
                 sampler.dispatch(logits, [DrawRow(request, 1)], count=True).collect()
 
     def _make_runner(
-        self, model: Model, max_batch: int, cache_bytes: int, what: str = "", tell: Callable[..., None] | None = None
+        self, model: Model, max_batch: int, cache_bytes: int, what: str = "", leader: Leader | None = None
     ) -> Runner:
-        runner = Runner(model, max_batch=max_batch, cache_bytes=cache_bytes, tell=tell)
+        runner = Runner(model, max_batch=max_batch, cache_bytes=cache_bytes, leader=leader)
         if self._progress is not None:
             progress = self._progress
             runner.executor.on_compile = lambda shape: progress(f"compiling {what}for {shape}", 0, 0)

@@ -40,13 +40,15 @@ class Executor:
       pool: None until the first batch, and after a call that failed: what was cached is lost then.
     """
 
-    def __init__(self, model: Model, *, max_batch: int, num_pages: int):
-        """max_batch: slots of last_tokens. num_pages: of the pool, over all devices."""
+    def __init__(self, model: Model, *, max_batch: int, num_pages: int, meet: Callable[[], None] | None = None):
+        """max_batch: slots of last_tokens. num_pages: of the pool, over all devices. meet: waits for a job's other
+        processes, after compiling: a collective gives up on those that come much later."""
         self.model = model
         self.pool: KVPages | None = None
         self.on_compile: Callable[[str], None] | None = None
         self._max_batch = max_batch
         self._num_pages = num_pages
+        self._meet = meet
         self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     @property
@@ -119,6 +121,8 @@ class Executor:
             if self.on_compile is not None:
                 self.on_compile(f"{rows} x {size} tokens" + (" with adapters" if shapes else ""))
             self._programs[key] = batch_program(self.model, wanted, lora).lower(*args).compile()
+            if self._meet is not None:
+                self._meet()
         return self._programs[key]
 
 

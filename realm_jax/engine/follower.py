@@ -7,7 +7,7 @@ decided stays in process 0.
 import hashlib
 import itertools
 import os
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,6 @@ from realm_jax.sharding.link import Link, Message
 from realm_jax.sharding.mesh import MeshShape
 
 _EDGE = 1 << 20  # bytes at each end of a file that tell it from another
-
-Tell = Callable[..., None]
 
 
 @cache
@@ -53,6 +51,15 @@ class Leader:
     def tell(self, kind: str, **fields: Any) -> None:
         """To all others, about this model."""
         self._link.tell(kind, model_id=self._id, **fields)
+
+    @property
+    def turn(self) -> AbstractContextManager[Any]:
+        """To be held from telling of a program to its being on its way."""
+        return self._link.turn
+
+    def meet(self) -> None:
+        """Waits for all others, after compiling."""
+        self._link.meet()
 
     def wait(self) -> None:
         """Until all others have loaded it. ClusterError with what kept one of them."""
@@ -113,7 +120,7 @@ class _Followed:
     def _serve(self, max_batch: int, num_pages: int) -> None:
         enable_compile_cache()
         self._slots = max_batch
-        self._executor = Executor(self._model, max_batch=max_batch, num_pages=num_pages)
+        self._executor = Executor(self._model, max_batch=max_batch, num_pages=num_pages, meet=_link().meet)
 
     def _run(self, wanted: Any, batch: list[Any]) -> None:
         assert self._executor is not None

@@ -1,6 +1,7 @@
 """The runner: cuts what is appended to sequences into rows and batches of a few sizes, and has them executed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from realm_jax.cache import BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, row_dtype
 from realm_jax.engine.buckets import PREFILL_TOKENS, Buckets
 from realm_jax.engine.compile_cache import enable_compile_cache
 from realm_jax.engine.executor import Batch, Executor, as_message
+from realm_jax.engine.follower import Leader
 from realm_jax.engine.programs import Wanted
 from realm_jax.errors import InvalidRequestError
 from realm_jax.model.adapters import Stack
@@ -35,7 +37,7 @@ class Runner:
         *,
         max_batch: int = 8,
         cache_bytes: int | None = None,
-        tell: Callable[..., None] | None = None,
+        leader: Leader | None = None,
     ):
         """Allocates nothing on the device until the first step.
 
@@ -44,8 +46,7 @@ class Runner:
             max_batch: most sequences in one call.
             cache_bytes: of the page pool on one device; None: by the memory that is free. Each region holds one
                 sequence of the whole context at least, and all its slots' at most.
-            tell: tell(kind, **fields) is called with all that the executors of other processes must do as well, before
-                this one's does; see engine.follower.
+            leader: tells the executors of a job's other processes what to do, before this one's does it.
 
         Raises:
             InvalidRequestError: max_batch does not divide by the data axis of the mesh.
@@ -66,10 +67,11 @@ class Runner:
         self._region_pages = min(self.max_pages_per_slot * (max_batch // self.regions), affordable)
         self.num_pages = self._region_pages * self.regions
         self.vocab_size = model.config.vocab_size
-        self.executor = Executor(model, max_batch=max_batch, num_pages=self.num_pages)
-        self._tell = tell
-        if tell is not None:
-            tell("serve", max_batch=max_batch, num_pages=self.num_pages)
+        meet = None if leader is None else leader.meet
+        self.executor = Executor(model, max_batch=max_batch, num_pages=self.num_pages, meet=meet)
+        self._leader = leader
+        if leader is not None:
+            leader.tell("serve", max_batch=max_batch, num_pages=self.num_pages)
         enable_compile_cache()
 
     @property
@@ -87,8 +89,8 @@ class Runner:
 
     def reset(self) -> None:
         """Forgets the pool, which a failed call may have taken with it: what was cached is lost."""
-        if self._tell is not None:
-            self._tell("reset")
+        if self._leader is not None:
+            self._leader.tell("reset")
         self.executor.pool = None
 
     def step(
@@ -251,12 +253,13 @@ class Runner:
         blocks = np.asarray(-(-(int(positions.max()) + 1) // BLOCK_SIZE), np.int32)
         batch = Batch(ids, positions, table, last, blocks, source, slots)
         stacks = None if adapters is None else adapters[0]
-        if self._tell is not None:
-            self._tell("compile" if compile_only else "run", wanted=wanted, batch=as_message(batch))
-        if compile_only:
-            self.executor.compile(wanted, batch, stacks)
-            return jnp.zeros(0), []
-        out = self.executor.run(wanted, batch, None if previous is None else previous[1], stacks)
+        with nullcontext() if self._leader is None else self._leader.turn:
+            if self._leader is not None:
+                self._leader.tell("compile" if compile_only else "run", wanted=wanted, batch=as_message(batch))
+            if compile_only:
+                self.executor.compile(wanted, batch, stacks)
+                return jnp.zeros(0), []
+            out = self.executor.run(wanted, batch, None if previous is None else previous[1], stacks)
         return out, ends_at if wanted == "last" and size > 1 else at
 
     def _places(self, tables: np.ndarray, size: int) -> tuple[int, list[int]]:

@@ -17,6 +17,7 @@ from realm_jax.errors import ClusterError
 # Messages between two acknowledgements: what is older than two of them is deleted.
 _BLOCK = 512
 _WAIT_MS = 10_000
+_MEETING_MS = 3_600_000  # of processes that compile; those that die are found by their supervisors
 
 Message = dict[str, Any]  # of numpy arrays, numbers, texts, None, and dicts and lists of them
 
@@ -32,6 +33,9 @@ class Link:
         self._client = client
         self._lock = threading.Lock()
         self._number = 0
+        self._meetings = 0
+        # Held from telling of a program to its being on its way: devices must get all programs in the same order.
+        self.turn = threading.RLock()
 
     def tell(self, kind: str, **fields: Any) -> None:
         """Sends a message to all others; may be called from any thread."""
@@ -49,6 +53,11 @@ class Link:
         if self._number % _BLOCK == 0:
             self._client.key_value_set_bytes(_read_key(self._number // _BLOCK - 1, jax.process_index()), b"")
         return serialization.msgpack_restore(data)
+
+    def meet(self) -> None:
+        """Waits until all processes have come here as often as this one."""
+        self._meetings += 1
+        self._client.wait_at_barrier(f"realm/meeting/{self._meetings}", _MEETING_MS)
 
     def answer(self, question: str, text: str) -> None:
         """What `answers` gives process 0 for this process."""
