@@ -54,7 +54,10 @@ class LLM:
             was trained on, at most 4096.
           max_batch: most requests that run at once (1 to 1024); more wait their turn.
           backend: kernels to use; "auto" takes the best there is.
-          mesh: not supported in this version: anything but None is refused.
+          mesh: devices to spread the model over, such as "tensor=4,data=2": every matrix in so many parts (tensor), the
+            experts of mixtures (expert), requests and their cache (data). "auto": all devices, as the model divides.
+            What does not divide is whole on every device, and logged. None: one device. In a job of several processes
+            (scripts/launch_sharded.py) process 0 makes the LLM, and the mesh is of all their devices.
           draft: "ngram" or a model with the same vocabulary, named as `model` is: requests then speculate unless they
             say otherwise, which changes how fast their tokens come and not which.
           adapters: LoRA adapters by name: GGUF files or PEFT folders, see `load_adapter`.

@@ -21,7 +21,7 @@ def make_mesh(shape: MeshShape) -> Mesh:
     if shape.devices > len(devices):
         more = ""
         if devices[0].platform == "cpu":
-            more = f'; jax.config.update("jax_num_cpu_devices", {shape.devices}) makes as many, before JAX is used'
+            more = f"; JAX_NUM_CPU_DEVICES={shape.devices} in the environment makes as many of a CPU"
         raise InvalidRequestError(
             f"mesh {shape} needs {shape.devices} devices, and there are {len(devices)} ({devices[0].platform}){more}"
         )
