@@ -8,9 +8,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from benchmarks.environment import ROOT, enter
 
-enter()
-sys.path.insert(1, str(ROOT))
 
-from realm_jax.cli.launching import main
+def main() -> int:
+    enter()
+    sys.path.insert(1, str(ROOT))
+    from realm_jax.cli.launching import main
 
-raise SystemExit(main(sys.argv[1:]))
+    return main(sys.argv[1:])
+
+
+raise SystemExit(main())

@@ -249,7 +249,8 @@ def test_every_step_of_a_dry_run(tmp_path: Path) -> None:
     assert gpu_check.main(["--dry-run", "--seconds", "900", "--json", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [row["name"] for row in rows if row["unit"] == "NMSE" and not row["ok"]] == []
-    assert {"least Q4_K_M: decode 1", "least Q8_0: prefill 16"} <= {row["name"] for row in rows}
+    names = {row["name"] for row in rows}
+    assert {"least Q4_K_M: decode 1", "least Q8_0: prefill 16", "launch_sharded.py, tiny Q4_K: decode_8"} <= names
 
 
 def test_a_step_that_hangs_is_stopped_and_its_figures_kept() -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,6 +138,27 @@ def _shape_name(dry: bool) -> str:
     return "least" if dry else "8B"
 
 
+def launch(dry: bool, peaks: Peaks) -> Iterator[Row]:
+    """A 1B-shaped Q4_K through the launch script, with one process: its figures are LLM()'s, host loop and all."""
+    from .model_files import write_model
+    from .shapes import SHAPES
+
+    shape = "tiny" if dry else "1b"
+    with tempfile.TemporaryDirectory(prefix="realm-launch-") as folder:
+        path = Path(folder) / f"{shape}-Q4_K.gguf"
+        write_model(path, SHAPES[shape], "Q4_K")
+        script = [sys.executable, str(ROOT / "scripts" / "launch_sharded.py"), "--processes", "1"]
+        done = subprocess.run([*script, "bench", str(path), "--json"], capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            yield Row(f"launch_sharded.py, {shape} Q4_K", None, "tokens/s", problem=said[:300], ok=False)
+            return
+        figures, size = json.loads(done.stdout), path.stat().st_size
+    for key in ("prefill_256", "decode_1", "decode_8"):
+        limit = peaks.read * 1e9 / size if peaks.read and key == "decode_1" else None
+        yield Row(f"launch_sharded.py, {shape} Q4_K: {key}", figures[key], "tokens/s", limit)
+
+
 def transformers(dry: bool, peaks: Peaks) -> Iterator[Row]:
     """The same shape in Hugging Face transformers, bfloat16, on the same card."""
     for package in ("torch", "transformers"):
@@ -251,6 +273,7 @@ STEPS: dict[str, tuple[Callable[[bool, Peaks], Iterator[Any]], int]] = {
     "flash": (flash, 60),
     "prefill": (prefill_matmul, 60),
     "model-q8": (model_q8, 80),
+    "launch": (launch, 90),
     "transformers": (transformers, 70),
     "paged": (paged, 60),
     "build": (build, 120),
