@@ -60,9 +60,9 @@ class LLM:
             (scripts/launch_sharded.py) process 0 makes the LLM, and the mesh is of all their devices.
           draft: "ngram" or a model with the same vocabulary, named as `model` is: requests then speculate unless they
             say otherwise, which changes how fast their tokens come and not which.
-          adapters: LoRA adapters by name: GGUF files or PEFT folders, see `load_adapter`.
+          adapters: LoRA adapters by name: GGUF files, PEFT folders or checkpoints, see `load_adapter`.
           cache_bytes: of the key/value cache, from one sequence of the whole context to max_batch of them; None: by the
-            memory that is free, on a CPU at most 512 MiB.
+            memory that is free, on a CPU at most 512 MiB in all. On a mesh what is given is of each device.
           progress: called as progress(what, bytes done, bytes in all or 0) while the model is fetched and loaded, and
             before a program is compiled.
 

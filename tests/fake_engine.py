@@ -28,6 +28,8 @@ ADAPTED = 1000  # times an adapter's content, added to the tokens it touches, as
 class FakeAdapters:
     """Stands in for lora.AdapterStore: an adapter's content is a number. `stacks` are the contents of the slots."""
 
+    shared = False
+
     def __init__(self, slots=4):
         self.named, self.unnamed, self.slots = {}, set(), [0] * slots
 

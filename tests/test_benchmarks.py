@@ -210,6 +210,7 @@ def test_the_commands_start_anywhere(name: str, tmp_path: Path) -> None:
     assert done.stdout.startswith(f"usage: {name}")
 
 
+@pytest.mark.slow
 def test_bench_kernels_times_every_operation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "kernels.json"
     assert bench_kernels.main(["--tiny", "--types", "Q6_K", "--rows", "1,3", "--json", str(out)]) == 0

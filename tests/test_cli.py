@@ -118,7 +118,7 @@ def test_refused_before_a_model_is_loaded(
         (["-p", "x", "--backend", "cuda"], "backend is 'cuda'"),
         (["-p", "x", "--backend", "pallas"], "pallas"),
         (["-p", "x", "--context-length", "0"], "context_length"),
-        (["-p", "x", "--mesh", "auto"], "mesh is not supported in this version"),
+        (["-p", "x", "--mesh", "nonsense"], "mesh is 'nonsense'; accepted: "),
         (["-p", "x", "--adapter", "/no/such"], "/no/such"),
         (["-p", "x", "--draft", "/no/such.gguf"], "/no/such.gguf"),
         (["-p", "x", "--speculate", "99"], "speculate is 99"),

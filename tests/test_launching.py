@@ -96,7 +96,7 @@ def test_a_scheduler_says_which_process_this_is(asked: list[Job], monkeypatch: p
         ("", "COMMAND is missing"),
         ("--processes 2", "COMMAND is missing"),
         ("serve m", "COMMAND is 'serve'; accepted: bench, chat, generate, or python FILE.py"),
-        ("--processes 0 chat", "--processes is 0; accepted: 1 to 65,536"),
+        ("--processes 0 chat", "--processes is 0; accepted: 1 to 256"),
         ("--processes two chat", "argument --processes: invalid int value: 'two' (launch_sharded.py --help"),
         ("--rank 1 chat", "--rank needs --processes and --coordinator too"),
         ("--coordinator a:1 chat", "--coordinator needs --processes and --rank, or a scheduler"),

@@ -188,9 +188,12 @@ def _opened(manifest: Manifest, item: str, specs: Specs) -> dict[str, tensorstor
 
 @cache
 def _checkpointer() -> Any:
+    """In a job each process for itself: one that finds damage would leave the others waiting at a barrier."""
     import orbax.checkpoint as ocp
 
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False))
+    alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False, multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from realm_jax.errors import CheckpointError
+from realm_jax.errors import CheckpointError, InvalidRequestError
 from realm_jax.gguf.file import display_path
 from realm_jax.registry.local import CHECKPOINT_FILE
 
@@ -63,6 +63,8 @@ def checked_target(directory: str | os.PathLike[str], *, force: bool) -> Path:
     Raises CheckpointError.
     """
     try:
+        if not os.fspath(directory):
+            raise InvalidRequestError("the checkpoint's folder has an empty name; accepted: a folder")
         target = Path(os.path.realpath(os.fsdecode(directory)))
         label = display_path(target)
         if not os.path.lexists(target):

@@ -10,7 +10,7 @@ from typer.main import get_command
 
 from realm_jax.cli import converting, inspecting, measuring, models, planning, speaking
 from realm_jax.cli.output import line_is_open, one_line
-from realm_jax.errors import RealmError
+from realm_jax.errors import InvalidRequestError, RealmError
 
 app = typer.Typer(
     name="realm",
@@ -57,6 +57,7 @@ def run(arguments: Sequence[str]) -> int:
     if hasattr(sys.stdout, "reconfigure"):  # not when a test has put something simpler in its place
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
+        _check_environment()
         # Not through the command's own main(): that prints several lines and ends the process itself.
         command = get_command(app)
         with command.make_context("realm", list(arguments)) as context:
@@ -95,6 +96,13 @@ def explain(error: Exception) -> tuple[str, int]:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror or error}", 2
     return f"internal error, please report it (REALM_DEBUG=1 shows where): {type(error).__name__}: {error}", 1
+
+
+def _check_environment() -> None:
+    """JAX would not say which variable is wrong."""
+    devices = os.environ.get("JAX_NUM_CPU_DEVICES", "1")
+    if not (devices.isascii() and devices.isdigit() and 0 < int(devices[:9]) <= 1024):
+        raise InvalidRequestError(f"JAX_NUM_CPU_DEVICES is {devices!r}; accepted: an integer from 1 to 1024")
 
 
 def _write(stream: TextIO, end: str) -> None:

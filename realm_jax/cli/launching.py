@@ -65,6 +65,9 @@ def main(arguments: Sequence[str]) -> int:
         return end.exit_code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader of a plan went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
         if os.environ.get("REALM_DEBUG") == "1":
             raise

@@ -10,6 +10,7 @@ import numpy as np
 from realm_jax.engine.request import Request
 from realm_jax.engine.tenants import Tenant
 from realm_jax.errors import AdapterError, RealmError
+from realm_jax.interrupt import interrupt_deferred
 from realm_jax.lora import AdapterStore, Resident
 from realm_jax.sampling_params import shown
 
@@ -29,16 +30,18 @@ class RequestAdapters:
         with self._lock:
             return () if self._store is None else tuple(self._store.names)
 
-    def load(self, name: str, path: Any, scale: float) -> None:
-        """Loads or replaces an adapter: who holds the old one keeps it. AdapterError."""
+    def load(self, name: str, path: Any, scale: float, check_open: Callable[[], None]) -> None:
+        """Loads or replaces an adapter: who holds the old one keeps it. AdapterError, and what check_open raises."""
+        check_open()
         store = self._loaded()
         adapter = store.read(path)  # takes long: outside the lock
-        with self._lock:
+        with interrupt_deferred(), self._lock:
+            check_open()
             store.add(name, adapter, scale)
 
     def unload(self, name: str) -> None:
         """AdapterError for one that is not loaded."""
-        with self._lock:
+        with interrupt_deferred(), self._lock:
             self._loaded().unload(name)
 
     def check(self, name: str) -> None:
@@ -66,21 +69,29 @@ class RequestAdapters:
 
     @contextmanager
     def stacks(self) -> Iterator[Any]:
-        """The stacks of the device, None while no adapter is loaded; others wait to load theirs."""
+        """The stacks of the device, None while no adapter is loaded. In a job, others wait to load theirs meanwhile."""
         with self._lock:
-            yield None if self._store is None else self._store.stacks
+            stacks = None if self._store is None else self._store.stacks
+            if self._store is not None and self._store.shared:
+                yield stacks
+                return
+        yield stacks
 
     @contextmanager
     def placed(self, owners: Sequence[Request]) -> Iterator[tuple[Any, np.ndarray | None]]:
-        """Stacks and the slot of each row, for as long as it takes to send them on their way: loading may make other
-        stacks. No stacks where no row has an adapter: the program without them serves."""
+        """Stacks and the slot of each row; no stacks where no row has an adapter: the program without them serves. In a
+        job, others wait to load theirs meanwhile: all processes are to use the same stacks."""
         if all(request.adapter is None for request in owners):
             yield None, None
             return
         store = self._loaded()
         with self._lock:
             slots = store.place([None if r.adapter is None else (r.adapter, r.adapter_scale) for r in owners])
-            yield store.stacks, slots
+            stacks = store.stacks
+            if store.shared:
+                yield stacks, slots
+                return
+        yield stacks, slots
 
     def pin(self, request: Request, tenant: Tenant) -> None:
         """Has a request hold the adapter that it names. AdapterError where there is none that its tenant may use."""

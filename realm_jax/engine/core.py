@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -92,9 +93,12 @@ class Core:
             with interrupt_deferred():
                 # Before the tokenizer, and both before the weights, which take long.
                 checked = check_model(file, context_length)
-                shape = _mesh_shape(mesh, file, *checked)
+                shape = _mesh_shape(mesh, max_batch, file, *checked)
                 self.tokenizer = load_tokenizer(file)
-            leader = _lead(shape, model, self.path, context_length=context_length, backend=kernels)
+            self._leader = _lead(shape, model, self.path, context_length=context_length, backend=kernels)
+            # Also where what follows fails: the others would keep the model.
+            self._let_go = weakref.finalize(self, _close, self._leader)
+            self._let_go.atexit = False
             loaded = load_model(file, context_length, progress, backend=kernels, mesh=shape)
             self.template: ChatTemplate | ChatTemplateError
             try:
@@ -105,18 +109,23 @@ class Core:
         self._process = os.getpid()
         self._progress = progress
         self._grammars: GrammarTokenizer | None = None  # made when the first request needs it
+        leader = self._leader
         if leader is not None:
             leader.wait()
-        self._leader = leader
         self._drafts = draft is not None
         small = None
         if draft is not None and str(draft) != "ngram":
             small = self._load_draft(draft, kernels, progress)
         budget = cache_budget() if cache_bytes is None else cache_bytes
-        if small is not None:  # pages of both, as many of each
-            budget = budget * page_bytes(loaded) // (page_bytes(loaded) + page_bytes(small))
+        regions = 1
+        if shape is not None:
+            regions = shape.data
+            if cache_bytes is None and jax.default_backend() == "cpu":  # whose devices share its memory
+                budget //= jax.local_device_count()
+        if small is not None:  # pages of both, as many of each; the draft's are all on one device
+            budget = budget * page_bytes(loaded) // (page_bytes(loaded) + regions * page_bytes(small))
         runner = self._make_runner(loaded, max_batch, budget, leader=leader)
-        store = AdapterStore(loaded, device_slots=max_batch, tell=None if leader is None else leader.tell)
+        store = AdapterStore(loaded, device_slots=max_batch, others=leader)
         for name, path in (adapters or {}).items():
             store.load(name, path)
         self.runner: Runner | None = runner
@@ -155,9 +164,7 @@ class Core:
         try:
             self.loop.close()
         finally:
-            leader, self._leader = self._leader, None
-            if leader is not None:
-                leader.tell("close")
+            self._let_go()
             if isinstance(self.template, ChatTemplate):
                 self.template.close()
 
@@ -296,6 +303,11 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
     return int(value)
 
 
+def _close(leader: Leader | None) -> None:
+    if leader is not None:
+        leader.close()
+
+
 def _check_mesh(mesh: Any) -> None:
     if mesh is None or mesh == "auto":
         return
@@ -304,14 +316,19 @@ def _check_mesh(mesh: Any) -> None:
     MeshShape.parse(mesh)
 
 
-def _mesh_shape(mesh: str | None, file: Any, config: ModelConfig, specs: list[TensorSpec]) -> MeshShape | None:
+def _mesh_shape(
+    mesh: str | None, max_batch: int, file: Any, config: ModelConfig, specs: list[TensorSpec]
+) -> MeshShape | None:
     """What the user's mesh means for a model; None: one device."""
     if mesh is None:
         return None
     if mesh == "auto":
-        shape = auto_mesh(config, specs, tensor_blocks(file.tensors, specs), jax.device_count())
+        blocks, several = tensor_blocks(file.tensors, specs), jax.process_count() > 1
+        shape = auto_mesh(config, specs, blocks, jax.device_count(), max_batch=max_batch, all_of_them=several)
     else:
         shape = MeshShape.parse(mesh)
+    if max_batch % shape.data:
+        raise InvalidRequestError(f"max_batch is {max_batch}; accepted on data={shape.data}: a multiple of it")
     return None if shape.devices == 1 else shape
 
 

@@ -7,7 +7,9 @@ decided stays in process 0.
 import hashlib
 import itertools
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,17 +47,44 @@ class Leader:
         """Has all others load a model. model: as the user named it; path: what that was here; options: see _open."""
         self._link = _link()
         self._id = next(_numbers)
+        self._broken = False
         name = str(path.resolve()) if os.path.exists(model) else str(model)
         self.tell("open", model=name, fingerprint=fingerprint(path), **options)
 
     def tell(self, kind: str, **fields: Any) -> None:
-        """To all others, about this model."""
+        """To all others, about this model. ClusterError once they have been told what was not done here."""
+        if self._broken:
+            raise ClusterError("process 0 failed in a step that the others ran: start the job again")
         self._link.tell(kind, model_id=self._id, **fields)
 
-    @property
-    def turn(self) -> AbstractContextManager[Any]:
-        """To be held from telling of a program to its being on its way."""
-        return self._link.turn
+    @contextmanager
+    def told(self, kind: str, **fields: Any) -> Iterator[None]:
+        """Tells, and does the same here meanwhile; to be left when it is on its way: devices must get all programs in
+        one order. If it fails, nothing more is told: others' collectives would meet with another step's of ours."""
+        with self._link.turn:
+            self.tell(kind, **fields)
+            try:
+                yield
+            except BaseException:
+                self._broken = True
+                raise
+
+    def share(self, content: str, source: str) -> None:
+        """Has all others read an adapter. AdapterError with what keeps one of them from it."""
+        self.tell("adapter", content=content, source=source)
+        for rank, problem in self._link.answers(f"adapter-{self._id}-{content}").items():
+            if problem:
+                raise AdapterError(f"rank {rank}: {problem}")
+
+    def reset(self) -> None:
+        """Has all others forget their pools, as after a failed step."""
+        if not self._broken:
+            self.tell("reset")
+
+    def close(self) -> None:
+        """Has all others let go of the model."""
+        if not self._broken:
+            self.tell("close")
 
     def meet(self) -> None:
         """Waits for all others, after compiling."""
@@ -78,7 +107,7 @@ def follow() -> None:
         number = message["model_id"]
         if message["kind"] == "open":
             try:
-                followed[number] = _open(message)
+                followed[number] = _open(message, link)
             except RealmError as error:
                 link.answer(f"open-{number}", str(error))
             else:
@@ -87,7 +116,7 @@ def follow() -> None:
             followed.pop(number, None)
             if not followed:
                 return
-        else:
+        elif number in followed:  # not of one that was closed meanwhile, or could not be opened
             followed[number].do(message)
 
 
@@ -106,11 +135,14 @@ def fingerprint(path: Path) -> str:
 class _Followed:
     """One model in a process that follows."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, number: int, link: Link):
         self._model = model
+        self._number = number
+        self._link = link
+        self._reader = ThreadPoolExecutor(1)  # of adapters: steps go on meanwhile
         self._shapes = weight_shapes(model)
         self._executor: Executor | None = None
-        self._adapters: dict[str, Adapter] = {}
+        self._adapters: dict[str, Future[Adapter]] = {}
         self._stacks: DeviceStacks | None = None
         self._slots = 0
 
@@ -138,12 +170,25 @@ class _Followed:
         return None if batch[-1] is None or self._stacks is None else self._stacks.stacks
 
     def _adapter(self, content: str, source: str) -> None:
+        self._adapters[content] = self._reader.submit(self._read, content, source)
+
+    def _read(self, content: str, source: str) -> Adapter:
+        question = f"adapter-{self._number}-{content}"
+        try:
+            adapter = self._checked(content, source)
+        except Exception as error:
+            self._link.answer(question, str(error) or type(error).__name__)
+            raise
+        self._link.answer(question, "")
+        return adapter
+
+    def _checked(self, content: str, source: str) -> Adapter:
         adapter = read_adapter(source, self._model.config, self._shapes)
         if adapter.content_hash.hex() != content:
             raise AdapterError(
                 f"adapter {source}: process {jax.process_index()} reads another one there than process 0"
             )
-        self._adapters[content] = adapter
+        return adapter
 
     def _forget(self, content: str) -> None:
         self._adapters.pop(content, None)
@@ -157,13 +202,14 @@ class _Followed:
 
     def _write(self, slot: int, content: str, scale: float) -> None:
         assert self._stacks is not None
-        self._stacks.write(slot, self._adapters[content], scale)
+        self._stacks.write(slot, self._adapters[content].result(), scale)
 
 
-def _open(message: Message) -> _Followed:
+def _open(message: Message, link: Link) -> _Followed:
     path = resolve(message["model"])
     if fingerprint(Path(path)) != message["fingerprint"]:
         raise ClusterError(f"{path} is not the file that process 0 has")
     with open_model(path) as file:
         mesh = MeshShape.parse(message["mesh"])
-        return _Followed(load_model(file, message["context_length"], backend=message["backend"], mesh=mesh))
+        model = load_model(file, message["context_length"], backend=message["backend"], mesh=mesh)
+        return _Followed(model, message["model_id"], link)

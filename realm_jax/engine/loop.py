@@ -289,9 +289,7 @@ class HostLoop:
 
     def load_adapter(self, name: str, path: Any, scale: float = 1.0) -> None:
         """Loads or replaces an adapter, also while requests run: those keep what they started with. AdapterError."""
-        with self._changed:
-            self._check_open()
-        self.adapters.load(name, path, scale)
+        self.adapters.load(name, path, scale, self._check_open)
 
     def unload_adapter(self, name: str) -> None:
         """Requests that use it run to their end. AdapterError for one that is not loaded."""

@@ -87,13 +87,10 @@ class PrefixCache:
         """How many of the keys, from the first one on, are here."""
         return next((i for i, key in enumerate(keys) if key not in self._entries), len(keys))
 
-    @property
-    def evictable(self) -> int:
-        """Pages that only the cache holds."""
-        return sum(map(self.evictable_in, range(self._pages.regions)))
-
     def evictable_in(self, region: int) -> int:
-        """Those of one region."""
+        """Pages of a region that only the cache holds."""
+        if self._pages.regions == 1:
+            return sum(self._pages.holders(entry.page) == 1 for entry in self._entries.values())
         pages = (entry.page for entry in self._entries.values())
         return sum(self._pages.region_of(page) == region and self._pages.holders(page) == 1 for page in pages)
 

@@ -14,7 +14,6 @@ from realm_jax.engine.compile_cache import enable_compile_cache
 from realm_jax.engine.executor import Batch, Executor, as_message
 from realm_jax.engine.follower import Leader
 from realm_jax.engine.programs import Wanted
-from realm_jax.errors import InvalidRequestError
 from realm_jax.model.adapters import Stack
 from realm_jax.model.capacity import cache_budget
 from realm_jax.model.params import Model
@@ -43,18 +42,13 @@ class Runner:
 
         Args:
             model: the model; the kernels are of the backend it was loaded for.
-            max_batch: most sequences in one call.
+            max_batch: most sequences in one call; a multiple of the mesh's data axis.
             cache_bytes: of the page pool on one device; None: by the memory that is free. Each region holds one
                 sequence of the whole context at least, and all its slots' at most.
             leader: tells the executors of a job's other processes what to do, before this one's does it.
-
-        Raises:
-            InvalidRequestError: max_batch does not divide by the data axis of the mesh.
         """
         self.max_batch = max_batch
         self.regions = model.partition.mesh.data
-        if max_batch % self.regions:
-            raise InvalidRequestError(f"max_batch is {max_batch}; accepted on data={self.regions}: a multiple of it")
         # The native kernels give a token the same bits in a row of any size.
         self.buckets = Buckets.up_to(max_batch, packed=model.backend == "native")
         self.chunk = self.buckets.chunk
@@ -90,7 +84,7 @@ class Runner:
     def reset(self) -> None:
         """Forgets the pool, which a failed call may have taken with it: what was cached is lost."""
         if self._leader is not None:
-            self._leader.tell("reset")
+            self._leader.reset()
         self.executor.pool = None
 
     def step(
@@ -253,9 +247,9 @@ class Runner:
         blocks = np.asarray(-(-(int(positions.max()) + 1) // BLOCK_SIZE), np.int32)
         batch = Batch(ids, positions, table, last, blocks, source, slots)
         stacks = None if adapters is None else adapters[0]
-        with nullcontext() if self._leader is None else self._leader.turn:
-            if self._leader is not None:
-                self._leader.tell("compile" if compile_only else "run", wanted=wanted, batch=as_message(batch))
+        kind = "compile" if compile_only else "run"
+        leader = self._leader
+        with nullcontext() if leader is None else leader.told(kind, wanted=wanted, batch=as_message(batch)):
             if compile_only:
                 self.executor.compile(wanted, batch, stacks)
                 return jnp.zeros(0), []

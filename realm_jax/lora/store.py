@@ -6,9 +6,11 @@ Not for several threads at once: the host loop owns it.
 import hashlib
 import os
 import struct
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -22,6 +24,14 @@ from realm_jax.model.params import Model
 from realm_jax.sampling_params import shown
 
 SlotKey = tuple[bytes, float]  # content and scale
+
+
+class Others(Protocol):
+    """What a store needs of the other processes of a job."""
+
+    def tell(self, kind: str, **fields: Any) -> None: ...
+
+    def share(self, content: str, source: str) -> None: ...
 
 
 class Resident:
@@ -54,14 +64,13 @@ class Resident:
 class AdapterStore:
     """Loaded adapters by name, and the slots of the device."""
 
-    def __init__(self, model: Model, *, device_slots: int, tell: Callable[..., None] | None = None) -> None:
+    def __init__(self, model: Model, *, device_slots: int, others: Others | None = None) -> None:
         """Allocates nothing on the device before the first adapter is loaded.
 
         Args:
             model: the base.
             device_slots: how many different adapters, or scales of them, one batch can hold.
-            tell: tell(kind, **fields) is called with everything that the stacks of other processes must do as well, in
-                order; see engine.follower.
+            others: the processes of a job whose stacks must do the same; see engine.follower.
 
         Raises:
             InvalidRequestError: no slots.
@@ -69,8 +78,10 @@ class AdapterStore:
         if isinstance(device_slots, bool) or not isinstance(device_slots, int) or device_slots < 1:
             raise InvalidRequestError(f"device_slots is {device_slots!r}; a number of at least 1 is accepted")
         self.device_slots = device_slots
-        self._tell = tell
+        self._others = others
+        self._sharing = threading.Lock()
         self._told: set[bytes] = set()  # contents that the other processes have
+        self._expected: set[bytes] = set()  # of adapters that were read and not added yet
         self._model = replace(model, params=None)  # type: ignore[arg-type]  # weights are swapped, and not ours to keep
         self._config = model.config
         self._shapes = weight_shapes(model)
@@ -114,8 +125,19 @@ class AdapterStore:
     def read(self, path: str | os.PathLike[str]) -> Adapter:
         """The adapter in a file or folder (see read_adapter). Changes nothing, and may run on any thread."""
         adapter = read_adapter(path, self._config, self._shapes)
-        _ = adapter.content_hash  # which takes its time, and is kept
+        content = adapter.content_hash  # which takes its time, and is kept
+        if self._others is not None:
+            with self._sharing:
+                self._expected.add(content)
+                if content not in self._told:
+                    self._others.share(content.hex(), adapter.source)
+                    self._told.add(content)
         return adapter
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes have the same stacks: what is placed must be on its way before others change them."""
+        return self._others is not None
 
     def add(self, name: str, adapter: Adapter, scale: float = 1.0) -> Resident:
         """As `load`, of an adapter that `read` gave."""
@@ -125,6 +147,7 @@ class AdapterStore:
         self._make_room(resident.adapter)
         self._drop(name)
         self._named[name] = resident
+        self._expected.discard(adapter.content_hash)
         self._tell_contents()
         return resident
 
@@ -200,8 +223,8 @@ class AdapterStore:
             slot = next(i for i in range(self.device_slots) if i not in self._slots.values())
         else:
             slot = self._slots.pop(next(old for old in self._slots if old not in pinned))
-        if self._tell is not None:
-            self._tell("write", slot=slot, content=resident.content_hash.hex(), scale=key[1])
+        if self._others is not None:
+            self._others.tell("write", slot=slot, content=resident.content_hash.hex(), scale=key[1])
         self._device.write(slot, resident.adapter, key[1])
         self._slots[key] = slot
 
@@ -234,8 +257,8 @@ class AdapterStore:
             ) from error
 
     def _allocate(self, rank: int, roles: Iterable[str]) -> DeviceStacks:
-        if self._tell is not None:
-            self._tell("make_stacks", rank=rank, roles=sorted(roles))
+        if self._others is not None:
+            self._others.tell("make_stacks", rank=rank, roles=sorted(roles))
         return DeviceStacks(self.device_slots, self._model, self._shapes, rank, roles)
 
     def _drop(self, name: str) -> None:
@@ -247,20 +270,19 @@ class AdapterStore:
         if not self._named and not self._unnamed:
             self._device = None
             self._slots.clear()
-            if self._tell is not None:
-                self._tell("drop_stacks")
+            if self._others is not None:
+                self._others.tell("drop_stacks")
         self._tell_contents()
 
     def _tell_contents(self) -> None:
-        """What the other processes are to read, and what they need no longer."""
-        if self._tell is None:
+        """What the other processes need no longer."""
+        if self._others is None:
             return
-        held = {r.content_hash: r.adapter for r in (*self._named.values(), *self._unnamed)}
-        for content in held.keys() - self._told:
-            self._tell("adapter", content=content.hex(), source=held[content].source)
-        for content in self._told - held.keys():
-            self._tell("forget", content=content.hex())
-        self._told = set(held)
+        held = {r.content_hash for r in (*self._named.values(), *self._unnamed)}
+        with self._sharing:
+            for content in self._told - held - self._expected:
+                self._others.tell("forget", content=content.hex())
+                self._told.discard(content)
 
 
 def check_scale(scale: float) -> float:

@@ -7,6 +7,7 @@ in `notes`.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 from realm_jax.errors import InvalidRequestError
@@ -16,6 +17,7 @@ from realm_jax.sharding.mesh import MeshShape
 from realm_jax.sharding.rules import RULES
 
 Range = tuple[int, int]  # start, size
+DEFAULT_BATCH = 8
 
 # Logical axes that are divided together or not at all, with what they are called in notes.
 _GROUPS = {
@@ -159,17 +161,38 @@ def partition_model(
     return Partition(mesh, tuple(sorted(divided.items())), tuple(notes))
 
 
-def auto_mesh(config: ModelConfig, specs: Iterable[TensorSpec], blocks: Mapping[str, int], devices: int) -> MeshShape:
-    """The mesh that "auto" stands for: tensor as wide as attention and the vocabulary divide, the rest data."""
+def auto_mesh(
+    config: ModelConfig,
+    specs: Iterable[TensorSpec],
+    blocks: Mapping[str, int],
+    devices: int,
+    *,
+    max_batch: int = DEFAULT_BATCH,
+    all_of_them: bool = False,
+) -> MeshShape:
+    """The mesh that "auto" stands for: the one on which a device holds least of the model, of those the one with most
+    devices. Its data axis divides max_batch. all_of_them: it has to have as many as there are devices, as in a job.
+
+    Raises InvalidRequestError where there is none.
+    """
     specs = list(specs)
-    for tensor in sorted((n for n in range(1, devices + 1) if devices % n == 0), reverse=True):
-        mesh = MeshShape(tensor=tensor, data=devices // tensor)
-        try:
-            if not partition_model(config, specs, blocks, mesh).notes:
-                return mesh
-        except InvalidRequestError:
-            continue
-    return MeshShape(data=devices)
+    found: list[tuple[int, int, MeshShape]] = []
+    for tensor in range(1, devices + 1):
+        for data in range(1, devices // tensor + 1):
+            mesh = MeshShape(tensor=tensor, data=data)
+            if max_batch % data or (all_of_them and mesh.devices != devices):
+                continue
+            try:
+                partition = partition_model(config, specs, blocks, mesh)
+            except InvalidRequestError:  # it divides nothing
+                continue
+            found.append((sum(prod(partition.local_shape(spec)) for spec in specs), -mesh.devices, mesh))
+    if not found:
+        raise InvalidRequestError(
+            f"mesh 'auto': {config.num_heads} heads, feed-forward {config.ffn_size}, vocabulary {config.vocab_size} "
+            f"and a batch of {max_batch} divide over no mesh of {devices} devices"
+        )
+    return min(found, key=lambda one: one[:2])[2]
 
 
 def _undivided(

@@ -1,6 +1,6 @@
 """What one step of the sharded program costs each device: bytes read, operations, collectives. No jax in here.
 
-Counts follow the program (model.decoder under the shard_map of engine.runner): a device has `rows` tokens of its own
+Counts follow the program (model.decoder under the shard_map of engine.programs): a device has `rows` tokens of its own
 requests, and all counts are of one device. tests/test_planning_costs.py holds them to what XLA counts.
 """
 

@@ -148,7 +148,7 @@ def plan(
         )
     outline = model if isinstance(model, Outline) else read_outline(model, context)
     c = outline.config
-    shape = auto_mesh(c, outline.specs, outline.blocks, topology.devices) if mesh is None else mesh
+    shape = auto_mesh(c, outline.specs, outline.blocks, topology.devices, all_of_them=True) if mesh is None else mesh
     partition = partition_model(c, outline.specs, outline.blocks, shape)
     planner = _Planner(outline, partition, topology)
     decode = tuple(planner.decode(n, c.context_length) for n in sorted({*BATCHES, batch}))

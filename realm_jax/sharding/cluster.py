@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from realm_jax.errors import ClusterError
 
 MAX_PROCESSES = 1 << 16
+_MAX_LOCAL = 256  # of them on one machine
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 # Where a scheduler names no port, all ranks count one out of the job's id: the upper end of the ephemeral ports.
@@ -37,7 +38,7 @@ class Cluster:
 
 def local_cluster(processes: int, coordinator: str, devices_per_process: int | None) -> list[Cluster]:
     """All ranks of a job on this machine, each with its own GPUs where there are any."""
-    check_count("--processes", processes, MAX_PROCESSES)
+    check_count("--processes", processes, _MAX_LOCAL)
     each = devices_per_process or 1
     return [
         Cluster(coordinator, processes, rank, tuple(range(rank * each, (rank + 1) * each)), "flags")
