@@ -5,10 +5,9 @@ divides the parts restores whole pieces of files with a plain sharding, and the 
 a byte. Tensors that were fused of several (queries, keys and values) are kept apart, as a device has a range of each.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
-from typing import Any
 
 import numpy as np
 
@@ -91,19 +90,6 @@ class Segment:
 def item_of(stack: str) -> str:
     """The folder of a stack's arrays: "attn_q.weight:Q4_K" -> "weights/attn_q.weight-Q4_K"."""
     return f"weights/{stack.replace(':', '-')}"
-
-
-def stack_of(spec: TensorSpec, type: str) -> str:
-    """The stack that a tensor of this type belongs to."""
-    return f"{spec.role}:{type}" if spec.is_matrix else spec.role
-
-
-def group(specs: Iterable[TensorSpec], tensors: Mapping[str, Any]) -> dict[str, list[TensorSpec]]:
-    """The tensors of a model by stack, in their order."""
-    stacks: dict[str, list[TensorSpec]] = {}
-    for spec in specs:
-        stacks.setdefault(stack_of(spec, tensors[spec.name].type.name), []).append(spec)
-    return stacks
 
 
 def segments_of(members: list[TensorSpec], fmt: Format, config: ModelConfig) -> list[Segment]:

@@ -12,15 +12,13 @@ from jax.sharding import PartitionSpec as P
 
 from realm_jax.checkpoint.arrays import Specs, check_sums, restore_host, restore_sharded
 from realm_jax.checkpoint.file import CheckpointFile
-from realm_jax.checkpoint.layout import VECTORS, Segment, group, item_of, segments_of, stack_of
+from realm_jax.checkpoint.layout import VECTORS, Segment, item_of, segments_of
 from realm_jax.errors import InvalidRequestError
 from realm_jax.interrupt import interrupt_deferred
-from realm_jax.model.reading import Layout, Part, Progress, aligned, cut, part_shape
-from realm_jax.model.tensors import TensorSpec
+from realm_jax.model.reading import ALIGNMENT, Layout, Part, Progress, aligned, cut, part_shape
+from realm_jax.model.tensors import TensorSpec, group_by_stack, stack_of
 from realm_jax.quant import QuantizedTensor, format_of, packed_spec, tile
 from realm_jax.sharding.devices import Place, local_places
-
-_ALIGNMENT = 64  # bytes
 
 
 class CheckpointReader:
@@ -30,7 +28,7 @@ class CheckpointReader:
         self._file = file
         self._layout = layout
         self._progress = progress
-        self._stacks = group(specs, file.tensors)
+        self._stacks, _ = group_by_stack(specs, lambda spec: file.tensors[spec.name].type.name)
         self._total = sum(file.tensors[s.name].nbytes for members in self._stacks.values() for s in members)
         self._done = 0
         self._vectors: dict[str, np.ndarray] | None = None  # all of them, by role
@@ -153,7 +151,7 @@ class _Scratch:
 
     def start(self, specs: Specs) -> Callable[[tuple[int, ...], np.dtype], np.ndarray]:
         """What makes arrays of these shapes and dtypes. Those made before are overwritten."""
-        needed = sum(math.prod(shape) * dtype.itemsize + _ALIGNMENT for shape, dtype in specs.values())
+        needed = sum(math.prod(shape) * dtype.itemsize + ALIGNMENT for shape, dtype in specs.values())
         if needed > len(self._bytes):
             self._bytes = aligned((needed,), np.dtype(np.uint8))
         self._used = 0
@@ -161,7 +159,7 @@ class _Scratch:
 
     def _array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         start, size = self._used, math.prod(shape) * dtype.itemsize
-        self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self._used += -(-size // ALIGNMENT) * ALIGNMENT
         return self._bytes[start : start + size].view(dtype).reshape(shape)
 
 

@@ -12,12 +12,12 @@ from realm_jax.checkpoint.arrays import save_item
 from realm_jax.checkpoint.file import listed
 from realm_jax.checkpoint.folder import new_folder, require_space
 from realm_jax.checkpoint.header import HEADER_FILE, write_header
-from realm_jax.checkpoint.layout import VECTORS, group, item_of, segments_of
+from realm_jax.checkpoint.layout import VECTORS, item_of, segments_of
 from realm_jax.checkpoint.manifest import MODEL, Sums, checked_target, is_checkpoint, write_manifest
 from realm_jax.gguf import GGUFFile, open_gguf
 from realm_jax.gguf.file import display_path
 from realm_jax.model.config import ModelConfig
-from realm_jax.model.tensors import TensorSpec, check_model
+from realm_jax.model.tensors import TensorSpec, check_model, group_by_stack
 from realm_jax.quant import QuantizedTensor, format_of, pack, packed_spec
 from realm_jax.text import load_tokenizer
 
@@ -79,7 +79,8 @@ def _write_weights(
     total, done = sum(file.tensors[spec.name].nbytes for spec in specs), 0
     sums: dict[str, Sums] = {}
     vectors: dict[str, np.ndarray] = {}
-    for stack, members in group(specs, file.tensors).items():
+    groups, _ = group_by_stack(specs, lambda spec: file.tensors[spec.name].type.name)
+    for stack, members in groups.items():
         if members[0].is_matrix:
             item, arrays, axes = item_of(stack), {}, {}
             fmt = format_of(file.tensors[members[0].name].type)

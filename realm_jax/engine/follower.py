@@ -5,7 +5,6 @@ decided stays in process 0.
 """
 
 import hashlib
-import itertools
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,17 +36,15 @@ def _link() -> Link:
     return Link()
 
 
-_numbers = itertools.count()
-
-
 class Leader:
     """What process 0 has of one model that others follow."""
 
     def __init__(self, model: str | Path, path: Path, **options: Any):
         """Has all others load a model. model: as the user named it; path: what that was here; options: see _open."""
         self._link = _link()
-        self._id = next(_numbers)
+        self._id = self._link.new_id()
         self._broken = False
+        self._process = os.getpid()
         name = str(path.resolve()) if os.path.exists(model) else str(model)
         self.tell("open", model=name, fingerprint=fingerprint(path), **options)
 
@@ -82,8 +79,8 @@ class Leader:
             self.tell("reset")
 
     def close(self) -> None:
-        """Has all others let go of the model."""
-        if not self._broken:
+        """Has all others let go of the model. Nothing in a fork of process 0, which has no part in the job."""
+        if not self._broken and os.getpid() == self._process:
             self.tell("close")
 
     def meet(self) -> None:

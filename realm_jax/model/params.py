@@ -22,7 +22,7 @@ from realm_jax.model.partition import WHOLE, Partition, partition_model, tensor_
 from realm_jax.model.plan import LayerPlan, plan_layers
 from realm_jax.model.reading import GGUFReader, Layout, Progress
 from realm_jax.model.rope import rotation_tables
-from realm_jax.model.tensors import AXES, TensorSpec, check_model
+from realm_jax.model.tensors import AXES, check_model, group_by_stack
 from realm_jax.quant import QuantizedTensor
 from realm_jax.sharding.devices import make_mesh, replicate
 from realm_jax.sharding.mesh import MeshShape
@@ -111,14 +111,7 @@ def load_model(
     check_fits(on_each, weights, backend)
     layout = Layout(config, partition, devices, tiled=backend == "native")
     reader = getattr(source, "reader", partial(GGUFReader, source))(specs, layout, progress)
-    groups: dict[str, list[TensorSpec]] = {}
-    layer_stacks: list[dict[str, str]] = [{} for _ in range(config.num_layers)]
-    for spec in specs:
-        stack = f"{spec.role}:{source.tensors[spec.name].type.name}" if spec.is_matrix else spec.role
-        if spec.layer is not None:
-            layer_stacks[spec.layer][spec.role] = stack
-        groups.setdefault(stack, []).append(spec)
-
+    groups, layer_stacks = group_by_stack(specs, lambda spec: source.tensors[spec.name].type.name)
     stacks: dict[str, QuantizedTensor] = {}
     vectors: dict[str, jax.Array] = {}
     tables: dict[str, Any] = {}

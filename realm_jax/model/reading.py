@@ -18,7 +18,7 @@ from realm_jax.sharding.devices import Place, assemble, local_places
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
-_ALIGNMENT = 64  # bytes; XLA:CPU takes host memory aligned so without a copy
+ALIGNMENT = 64  # bytes; XLA:CPU takes host memory aligned so without a copy
 
 Part = tuple[tuple[Range, ...], ...]  # ranges of each axis of a tensor
 
@@ -137,6 +137,6 @@ def cut(values: np.ndarray, part: Part) -> np.ndarray:
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialised array that XLA:CPU can take over without copying it."""
     nbytes = math.prod(shape) * dtype.itemsize
-    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    skip = -raw.ctypes.data % _ALIGNMENT
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    skip = -raw.ctypes.data % ALIGNMENT
     return raw[skip : skip + nbytes].view(dtype).reshape(shape)

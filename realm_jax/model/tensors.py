@@ -3,7 +3,7 @@
 Names are the file's own, with the layer number taken out: `blk.7.attn_q.weight` is role `attn_q.weight` of layer 7.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,25 @@ class TensorSpec:
     def is_matrix(self) -> bool:
         """Whether the tensor is multiplied with activations, and so stays packed; vectors are kept in float32."""
         return len(self.shape) >= 2 and not self.role.endswith(".bias")
+
+
+def stack_of(spec: TensorSpec, type: str) -> str:
+    """The stack that a tensor of this ggml type belongs to: "attn_q.weight:Q4_K", or the role of a vector."""
+    return f"{spec.role}:{type}" if spec.is_matrix else spec.role
+
+
+def group_by_stack(
+    specs: Iterable[TensorSpec], type_of: Callable[[TensorSpec], str]
+) -> tuple[dict[str, list[TensorSpec]], list[dict[str, str]]]:
+    """The tensors of a model by stack, in their order; and of each of its layers the stack of every role."""
+    groups: dict[str, list[TensorSpec]] = {}
+    of_layers: dict[int, dict[str, str]] = {}
+    for spec in specs:
+        stack = stack_of(spec, type_of(spec))
+        if spec.layer is not None:
+            of_layers.setdefault(spec.layer, {})[spec.role] = stack
+        groups.setdefault(stack, []).append(spec)
+    return groups, [of_layers[layer] for layer in sorted(of_layers)]
 
 
 def expected_tensors(config: ModelConfig, present: Mapping[str, Any]) -> list[TensorSpec]:

@@ -20,7 +20,7 @@ from realm_jax.model.params import Model, Params
 from realm_jax.model.partition import Partition, partition_model
 from realm_jax.model.plan import plan_layers
 from realm_jax.model.rope import rotation_tables
-from realm_jax.model.tensors import TensorSpec
+from realm_jax.model.tensors import group_by_stack
 from realm_jax.planning.outline import Outline
 from realm_jax.planning.plan import Compiled, Plan
 from realm_jax.planning.topology import Topology
@@ -84,15 +84,8 @@ def compile_plan(plan: Plan, outline: Outline, topology: Topology) -> Compiled:
 
 def abstract_model(outline: Outline, partition: Partition, mesh: Any, backend: str) -> Model:
     """The model that load_model would make of a file, as shapes of the whole arrays; mesh None: of one device."""
-    groups: dict[str, list[TensorSpec]] = {}
-    layer_stacks: list[dict[str, str]] = [{} for _ in range(outline.config.num_layers)]
-    for spec in outline.specs:
-        if spec.role.startswith("rope_"):
-            continue
-        stack = f"{spec.role}:{outline.types[spec.name]}" if spec.is_matrix else spec.role
-        if spec.layer is not None:
-            layer_stacks[spec.layer][spec.role] = stack
-        groups.setdefault(stack, []).append(spec)
+    specs = [spec for spec in outline.specs if not spec.role.startswith("rope_")]
+    groups, layer_stacks = group_by_stack(specs, lambda spec: outline.types[spec.name])
     stacks: dict[str, Any] = {}
     vectors: dict[str, Any] = {}
     tables: dict[str, Any] = {}

@@ -4,6 +4,7 @@ The service is JAX's own (jax.distributed), and so are its transport and its hea
 process reads every one of them in order.
 """
 
+import itertools
 import threading
 import time
 from typing import Any, NoReturn
@@ -34,6 +35,7 @@ class Link:
         self._lock = threading.Lock()
         self._number = 0
         self._meetings = 0
+        self._ids = itertools.count()
         # Held from telling of a program to its being on its way: devices must get all programs in the same order.
         self.turn = threading.RLock()
 
@@ -53,6 +55,10 @@ class Link:
         if self._number % _BLOCK == 0:
             self._client.key_value_set_bytes(_read_key(self._number // _BLOCK - 1, jax.process_index()), b"")
         return serialization.msgpack_restore(data)
+
+    def new_id(self) -> int:
+        """A number that this process has not had yet."""
+        return next(self._ids)
 
     def meet(self) -> None:
         """Waits until all processes have come here as often as this one."""

@@ -13,7 +13,7 @@ from realm_jax.model.config import ModelConfig, read_config
 from realm_jax.model.params import Model, Params
 from realm_jax.model.plan import plan_layers
 from realm_jax.model.rope import rotation_tables
-from realm_jax.model.tensors import TensorSpec, expected_tensors
+from realm_jax.model.tensors import TensorSpec, expected_tensors, group_by_stack
 from realm_jax.quant import QuantizedTensor
 from realm_jax.sampling import sample_greedy
 
@@ -42,15 +42,11 @@ def random_model(shape: Shape, mixture: str, backend: str, context: int) -> Mode
     """Weights in rows, an output matrix of its own, everything else as loading a file would leave it."""
     config = config_of(shape, context)
     specs = [s for s in expected_tensors(config, {}) if s.required or s.role == "output.weight"]
-    groups: dict[str, list[TensorSpec]] = {}
-    layer_stacks: list[dict[str, str]] = [{} for _ in range(config.num_layers)]
-    for spec in specs:
-        role = spec.role.removesuffix(".weight")
-        kind = type_of(mixture, role, spec.layer or 0, config.num_layers)
-        stack = f"{spec.role}:{kind}" if spec.is_matrix else spec.role
-        if spec.layer is not None:
-            layer_stacks[spec.layer][spec.role] = stack
-        groups.setdefault(stack, []).append(spec)
+
+    def kind_of(spec: TensorSpec) -> str:
+        return type_of(mixture, spec.role.removesuffix(".weight"), spec.layer or 0, config.num_layers)
+
+    groups, layer_stacks = group_by_stack(specs, kind_of)
     stacks: dict[str, QuantizedTensor] = {}
     vectors: dict[str, jax.Array] = {}
     tables: dict[str, Any] = {}

@@ -64,9 +64,10 @@ def test_damage_in_one_devices_part_is_found(tmp_path):
     convert(tmp_path / "model.gguf", tmp_path / "model")
     data = max((tmp_path / "model" / "weights" / "ffn_up.weight-Q8_0").glob("**/d/*"), key=lambda p: p.stat().st_size)
     raw = bytearray(data.read_bytes())
-    raw[-1000] ^= 64
+    for at in range(500, len(raw), 4096):
+        raw[at] ^= 64
     data.write_bytes(raw)
-    with pytest.raises(CheckpointError, match=r"ffn_up.*CRC-32"):
+    with pytest.raises(CheckpointError, match="ffn_up"):
         load(tmp_path / "model", "tensor=4", "xla")
 
 
