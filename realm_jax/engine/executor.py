@@ -50,6 +50,7 @@ class Executor:
         self._num_pages = num_pages
         self._meet = meet
         self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._zero_tokens: jax.Array | None = None
 
     @property
     def compiled(self) -> int:
@@ -94,15 +95,16 @@ class Executor:
 
     def _last_tokens(self, drawn: jax.Array | None) -> Any:
         """As run_batch takes them: on a mesh a row for each device, all but the first's zero."""
-        if self.model.mesh is None:
-            return np.zeros(self._max_batch + 1, np.int32) if drawn is None else drawn
         nothing = np.zeros((1, self._max_batch + 1), np.int32)
-        first = dict.fromkeys(MESH_AXES, 0)
-
-        def row(place: dict[str, int]) -> Any:
-            return drawn[None] if drawn is not None and place == first else nothing
-
-        return assemble(row, self.model.mesh, (MESH_AXES, None))
+        if self.model.mesh is None:
+            return nothing[0] if drawn is None else drawn
+        if self._zero_tokens is None:
+            self._zero_tokens = assemble(lambda _: nothing, self.model.mesh, (MESH_AXES, None))
+        zeros = self._zero_tokens
+        if drawn is None:
+            return zeros
+        rows = [drawn[None], *(shard.data for shard in zeros.addressable_shards[1:])]
+        return jax.make_array_from_single_device_arrays(zeros.shape, zeros.sharding, rows)
 
     def _allocate(self) -> KVPages:
         c, dtype = self.model.config, row_dtype(self.model.backend)
