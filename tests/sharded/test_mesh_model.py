@@ -89,7 +89,7 @@ def test_experts_of_the_native_kernels(files):
     check(files("mixture", mixture(), "Q8_0"), ["expert=4"], "native", accepted=1e-4)
 
 
-SOME = ("llama-fused-qkv", "llama-bias", "gpt-oss", "qwen2moe", "deepseek2")
+SOME = ("llama-fused-qkv", "llama-bias", "qwen2moe")
 NOT_DIVIDED = {"olmo2": "attention", "olmo2-window": "attention"}  # queries normalised over all heads
 
 
